@@ -1,0 +1,332 @@
+"""What the program is: `trace` reads `apply_fn` into a `Graph` of weighted ops with names.
+
+A weighted op is a matrix product, convolution or lookup that joins a value derived from one parameter with a
+value derived from the inputs. Nothing is registered and no class is known; names are parameter paths.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from brecq_jax import _jaxpr
+from brecq_jax._jaxpr import Flat, Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter that weighted ops read: a whole leaf, or one slice of a leaf that a scan stacks."""
+
+    name: str
+    leaf: int  # position in the flattened params
+    index: tuple[int, ...]  # leading indices of the slice; () for the whole leaf
+    shape: tuple[int, ...]
+    channel_axes: tuple[int, ...]  # axes of `shape` that count output channels (rows, for a lookup)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One use of a weight. `name` is the weight's name; a second use is `name#2`."""
+
+    name: str
+    weight: str
+    kind: str  # "dense", "conv" or "embed"
+    step: int  # position in the program
+    data: int  # id of the operand that depends on the inputs
+    data_position: int
+    weight_value: int  # id of the operand that derives from the weight
+    computed: tuple[str, ...]  # arithmetic between the weight and the op, if any: ("sub", "mul", …)
+    macs: int  # multiply-accumulates of the traced batch
+    site: str = ""  # name of the value that `data` is, up to reshapes and casts: that of the first op that reads it
+    site_value: int = -1  # its id
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A traced program. `ops` in program order; `skipped`: (what, why) kept in float."""
+
+    flat: Flat
+    ops: tuple[Op, ...]
+    weights: dict[str, Weight]
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each flattened parameter
+    origins: dict[int, tuple[int, tuple[int, ...]]]  # id -> (leaf, slice): values that are parameters
+    data: frozenset[int]  # ids that depend on the inputs
+    heavy: frozenset[int]  # ids that depend on the inputs through a weighted op
+    skipped: tuple[tuple[str, str], ...]
+    params_tree: Any
+    out_tree: Any
+    batch_types: Any
+
+    @property
+    def num_leaves(self) -> int:
+        return len(self.leaves)
+
+    def leaf_name(self, leaf: int, index: tuple[int, ...] = ()) -> str:
+        return slice_name(self.leaves[leaf][0], index)
+
+    def __repr__(self) -> str:
+        return f"Graph({len(self.ops)} weighted ops of {len(self.weights)} weights, {len(self.flat.steps)} steps)"
+
+
+def trace(apply_fn: Callable, params: Any, batch: Any) -> Graph:
+    """Read `apply_fn(params, batch)` into a Graph. Only shapes and dtypes of `params` and `batch` are used.
+
+    Raises:
+      ValueError: no weighted op derives from `params`, the parameters are closed over instead of passed, or
+        `apply_fn` returns updated parameters (train mode).
+    """
+    abstract = jax.tree.map(_type_of, (params, batch))
+    flat, out_shape = _jaxpr.flatten(apply_fn, *abstract)
+    paths, params_tree = jax.tree.flatten_with_path(abstract[0])
+    leaves = tuple((name, tuple(leaf.shape)) for name, (_, leaf) in zip(leaf_names(params), paths, strict=True))
+    _refuse_train_mode(abstract[0], out_shape)
+    reader = _Reader(flat, leaves)
+    reader.read()
+    if not reader.ops:
+        raise ValueError(_no_ops_message(reader, leaves))
+    return Graph(
+        flat, reader.ops_with_sites(), reader.weights, leaves, reader.origins,
+        frozenset(reader.data), frozenset(reader.heavy), reader.all_skipped(),
+        params_tree, jax.tree.structure(out_shape), abstract[1],
+    )  # fmt: skip
+
+
+def leaf_names(params: Any) -> list[str]:
+    """Names of the flattened parameters: paths joined by '/', without Linen's `params/` and NNX's `/value`."""
+    names = []
+    for path, _ in jax.tree.flatten_with_path(params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = name.removeprefix("params/")
+        if name.endswith("/value"):
+            name = name[: -len("/value")]
+        names.append(name or "param")
+    return names
+
+
+def slice_name(name: str, index: tuple[int, ...]) -> str:
+    """`layers/kernel`, (3,) -> `layers[3]/kernel`."""
+    if not index:
+        return name
+    parent, _, last = name.rpartition("/")
+    where = "".join(f"[{i}]" for i in index)
+    return f"{parent}{where}/{last}" if parent else f"{last}{where}"
+
+
+class _Reader:
+    """One walk over the steps: which values depend on inputs, which on which parameter, where they meet."""
+
+    def __init__(self, flat: Flat, leaves):
+        self.flat, self.leaves = flat, leaves
+        self.ops: list[Op] = []
+        self.weights: dict[str, Weight] = {}
+        self.skipped: dict[str, str] = {}
+        self.captured: list[str] = []
+        params, inputs = flat.inputs[: len(leaves)], flat.inputs[len(leaves) :]
+        self.origins = {ident: (leaf, ()) for leaf, ident in enumerate(params)}
+        self.roots: dict[int, frozenset[int]] = {i: frozenset((i,)) for i in params}
+        self.data, self.heavy = set(inputs), set()
+        self.maker: dict[int, Step] = {}
+
+    def read(self):
+        leaf_of = {ident: leaf for ident, (leaf, _) in self.origins.items()}
+        for position, step in enumerate(self.flat.steps):
+            is_op = self.data.intersection(step.inputs) and self.read_op(position, step)
+            for out in step.outputs:
+                self.maker[out] = step
+                root, index = self.flat.slices.get(out, (None, ()))
+                if root in leaf_of:
+                    self.origins[out] = (leaf_of[root], index)
+                    self.roots[out] = frozenset((out,))
+                elif self.data.intersection(step.inputs):
+                    self.data.add(out)
+                    if is_op or self.heavy.intersection(step.inputs):
+                        self.heavy.add(out)
+                else:
+                    self.roots[out] = frozenset().union(*(self.roots.get(i, ()) for i in step.inputs))
+
+    def read_op(self, position: int, step: Step) -> bool:
+        """Record the op of this step, if it is one. True if the step joins a parameter with the data."""
+        if step.primitive not in _jaxpr.WEIGHTED:
+            if _jaxpr.weighted_inside(step):
+                self.skip_inside(step)
+                return True
+            return False
+        operands = [step.operand(p) for p in (0, 1)]
+        for weight_position in (0, 1) if step.primitive == "dot_general" else ((1,) if "conv" in step.primitive else (0,)):
+            weight, data = operands[weight_position], operands[1 - weight_position]
+            if weight in self.data or data not in self.data:
+                continue
+            roots = self.roots.get(weight, frozenset())
+            if not roots:
+                if self.flat.types[weight].ndim >= 2 and self.from_constant(weight):
+                    self.captured.append(f"{step.primitive} with a captured array {self.flat.types[weight].shape}")
+                return False
+            return self.add_op(position, step, weight_position, weight, data, roots)
+        return False
+
+    def add_op(self, position, step, weight_position, weight, data, roots) -> bool:
+        root = self.choose_root(roots, weight)
+        if root is None:
+            names = sorted(self.name_of(r) for r in roots)
+            for name in names:
+                self.skipped[name] = f"its {step.primitive} reads a combination of several parameters: {', '.join(names)}"
+            return True
+        leaf, index = self.origins[root]
+        shape = self.flat.types[root].shape
+        name = slice_name(self.leaves[leaf][0], index)
+        if len(shape) < 2:
+            self.skipped[name] = f"a {step.primitive} reads it, but it has fewer than two axes"
+            return True
+        chain = self.chain(root, weight)
+        computed = tuple(s.primitive for s in chain if s.primitive not in _jaxpr.STRUCTURAL)
+        if name not in self.weights:
+            axes = self.channel_axes(step, weight_position, root, weight, chain, computed)
+            self.weights[name] = Weight(name, leaf, index, shape, axes)
+        uses = sum(op.weight == name for op in self.ops)
+        kind = {"dot_general": "dense", "gather": "embed"}.get(step.primitive, "conv")
+        self.ops.append(
+            Op(
+                name if not uses else f"{name}#{uses + 1}",
+                name, kind, position, data, 1 - weight_position, weight, computed, self.macs(step, weight),
+            )  # fmt: skip
+        )
+        return True
+
+    def choose_root(self, roots, weight) -> int | None:
+        """The one parameter that is quantized: the only one, or the only one as large as the operand."""
+        if len(roots) == 1:
+            return next(iter(roots))
+        size = self.flat.types[weight].size
+        large = [r for r in roots if self.flat.types[r].size >= size]
+        return large[0] if len(large) == 1 else None
+
+    def chain(self, root: int, value: int) -> list[Step]:
+        """Steps between a parameter and an operand, in program order."""
+        found, todo = {}, [value]
+        while todo:
+            ident = todo.pop()
+            if ident == root or ident in self.origins or ident not in self.maker:
+                continue
+            step = self.maker[ident]
+            if id(step) not in found:
+                found[id(step)] = step
+                todo.extend(step.inputs)
+        return [s for s in self.flat.steps if id(s) in found]
+
+    def channel_axes(self, step, weight_position, root, weight, chain, computed) -> tuple[int, ...]:
+        ndim = self.flat.types[weight].ndim
+        if step.primitive == "gather":
+            axes = tuple(step.params["dimension_numbers"].start_index_map)
+        elif step.primitive == "dot_general":
+            contracting = step.params["dimension_numbers"][0][weight_position]
+            axes = tuple(a for a in range(ndim) if a not in contracting)
+        else:
+            axes = (step.params["dimension_numbers"].rhs_spec[0],)
+        if not chain or self.flat.types[root].shape == self.flat.types[weight].shape and computed:
+            return axes
+        return self.axes_before(root, weight, [s for s in chain if s.primitive in _jaxpr.STRUCTURAL], axes)
+
+    def axes_before(self, root, weight, chain, axes) -> tuple[int, ...]:
+        """Channel axes of the parameter, given those of the operand that reshapes and transposes made of it.
+
+        Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
+        the operand, that index does not change along the other axes.
+        """
+        shape = self.flat.types[root].shape
+        others = tuple(a for a in range(self.flat.types[weight].ndim) if a not in axes)
+        found = []
+        for axis in range(len(shape)):
+            index = np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+            env = {root: np.broadcast_to(index, shape).astype(self.flat.types[root].dtype)}
+            for s in chain:
+                if all(i in env for i in s.inputs):
+                    env.update(zip(s.outputs, s.run(*(env[i] for i in s.inputs)), strict=True))
+            labels = np.asarray(env.get(weight, env[root]), np.float32)
+            if labels.ndim <= max(others, default=-1) or np.all(np.ptp(labels, axis=others) == 0):
+                found.append(axis)
+        return tuple(found)
+
+    def ops_with_sites(self) -> tuple[Op, ...]:
+        names: dict[int, str] = {}
+        found = []
+        for op in self.ops:
+            value = op.data
+            while value in self.maker and self.maker[value].primitive in _jaxpr.STRUCTURAL:
+                value = self.maker[value].inputs[0]
+            site = names.setdefault(value, op.name)
+            found.append(dataclasses.replace(op, site=site, site_value=value))
+        return tuple(found)
+
+    def macs(self, step, weight) -> int:
+        out = self.flat.types[step.outputs[0]]
+        size = self.flat.types[weight].size
+        if step.primitive == "gather":
+            return 0
+        if step.primitive == "dot_general":
+            (lhs, _), (batch, _) = step.params["dimension_numbers"]
+            shape = self.flat.types[step.inputs[0]].shape
+            return int(out.size * np.prod([shape[a] for a in lhs], dtype=int))
+        channels = self.flat.types[weight].shape[step.params["dimension_numbers"].rhs_spec[0]]
+        return int(out.size * size // max(channels, 1))
+
+    def skip_inside(self, step):
+        for ident in step.inputs:
+            for root in self.roots.get(ident, ()):
+                if self.flat.types[root].ndim >= 2:
+                    self.skipped[self.name_of(root)] = f"it is read inside a `{step.primitive}`, which stays whole"
+
+    def from_constant(self, ident) -> bool:
+        return ident in self.flat.constants or any(
+            self.from_constant(i) for i in (self.maker[ident].inputs if ident in self.maker else ())
+        )
+
+    def name_of(self, root) -> str:
+        leaf, index = self.origins[root]
+        return slice_name(self.leaves[leaf][0], index)
+
+    def all_skipped(self) -> tuple[tuple[str, str], ...]:
+        used = {w.leaf for w in self.weights.values()}
+        for leaf, (name, shape) in enumerate(self.leaves):
+            if len(shape) >= 2 and leaf not in used and name not in self.skipped:
+                self.skipped[name] = "no matrix product, convolution or lookup reads it"
+        for what in self.captured:
+            self.skipped[what] = "it is captured by the function, not one of its parameters"
+        return tuple((n, why) for n, why in self.skipped.items() if n not in self.weights)
+
+
+def _type_of(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x)))
+
+
+def _refuse_train_mode(params, out_shape):
+    """Outputs that are parameters again (batch statistics) mean that apply_fn trains."""
+    known = {
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+        for path, leaf in jax.tree.flatten_with_path(params)[0]
+    }
+    for path, leaf in jax.tree.flatten_with_path(out_shape)[0]:
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        for start in range(len(parts) - 1):
+            tail = "/".join(parts[start:])
+            if (tail, leaf.shape) in known and "/" in tail:
+                raise ValueError(
+                    f"apply_fn returns an updated parameter, {tail!r}: it runs in train mode. Quantize the model in "
+                    "inference mode: pass train=False (or use_running_average=True) and no `mutable=`."
+                )
+
+
+def _no_ops_message(reader: _Reader, leaves: Sequence) -> str:
+    if reader.captured:
+        return (
+            "apply_fn's weights are closed over instead of passed: no matrix product, convolution or lookup reads "
+            f"`params`, but there is a {reader.captured[0]}. Write apply_fn so that it takes them, as "
+            "`lambda params, x: model.apply(params, x)`; for an NNX module use `brecq_jax.from_nnx(module)`."
+        )
+    names = ", ".join(name for name, _ in leaves[:8]) or "none"
+    return (
+        "apply_fn has no op that can be quantized: no matrix product, convolution or lookup joins a parameter with "
+        f"the inputs. The parameters are: {names}."
+        + "".join(f"\n  {name}: {why}" for name, why in reader.skipped.items())
+    )

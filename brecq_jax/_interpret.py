@@ -1,0 +1,189 @@
+"""Run a program, or a part of it, with hooks: replace inputs of ops, values, or whole ops; record what passes.
+
+A `Program` is a run of steps with ids of its own, hashable by structure: two blocks of the same shape are equal, so
+that one compiled function serves both. A `Block` says where a Program stands in its Graph.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from brecq_jax._graph import Graph, Op
+from brecq_jax._jaxpr import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalOp:
+    """An op as its program sees it. `weight`: position among `params`; `site`: position among `sites`."""
+
+    kind: str
+    step: int
+    data_position: int
+    weight: int
+    site: int
+    direct: bool  # the op reads the weight itself, with nothing in between
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Steps over local ids. Equality and hash are those of `key`: structure and shapes, not names or values."""
+
+    key: tuple
+    steps: tuple[tuple[Step, tuple[int, ...], tuple[int, ...]], ...]
+    inputs: tuple[int, ...]
+    params: tuple[int, ...]
+    constants: tuple[int, ...]
+    outputs: tuple[int, ...]
+    ops: tuple[LocalOp, ...]
+    sites: tuple[int, ...]
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Program) and self.key == other.key
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """A part of a graph. `ins`, `outs`: ids of the data that enters and leaves; `params`: ids of parameters."""
+
+    name: str
+    ops: tuple[Op, ...]
+    program: Program
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    params: tuple[int, ...]
+    constants: tuple[Any, ...]
+    sites: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Block({self.name}: {', '.join(op.name for op in self.ops)})"
+
+
+def run(
+    program: Program,
+    inputs: Sequence[jax.Array],
+    params: Sequence[jax.Array],
+    constants: Sequence[jax.Array],
+    *,
+    on_value: Callable[[int, jax.Array], jax.Array] | None = None,
+    on_input: Callable[[int, jax.Array], jax.Array] | None = None,
+    on_op: Callable[[int, Step, list], Sequence[jax.Array] | None] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Execute a program.
+
+    Hooks:
+      on_value(site, value): replaces a value that ops read, for everything that reads it.
+      on_input(op, operand): replaces what one op reads.
+      on_op(op, step, operands): replaces an op; `operands` are the step's inputs. None: run it as it is.
+    """
+    env: dict[int, jax.Array] = {}
+    site_of = {ident: site for site, ident in enumerate(program.sites)}
+    op_of = {op.step: number for number, op in enumerate(program.ops)}
+
+    def write(ident: int, value: jax.Array):
+        env[ident] = on_value(site_of[ident], value) if on_value and ident in site_of else value
+
+    for ids, values in ((program.inputs, inputs), (program.params, params), (program.constants, constants)):
+        for ident, value in zip(ids, values, strict=True):
+            write(ident, value)
+    for position, (step, ids, outs) in enumerate(program.steps):
+        operands = [env[i] for i in ids]
+        number = op_of.get(position)
+        results = None
+        if number is not None:
+            slot = step.arguments[program.ops[number].data_position]
+            if on_input:
+                operands[slot] = on_input(number, operands[slot])
+            if on_op:
+                results = on_op(number, step, operands)
+        for ident, value in zip(outs, step.run(*operands) if results is None else results, strict=True):
+            write(ident, value)
+    return tuple(env[i] for i in program.outputs)
+
+
+def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
+    """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters."""
+    flat = graph.flat
+    chosen = {t for t in range(start, stop) if graph.data.intersection(flat.steps[t].outputs)}
+    maker = {out: t for t, step in enumerate(flat.steps) for out in step.outputs}
+    todo = [i for t in chosen for i in flat.steps[t].inputs]
+    made = {out for t in chosen for out in flat.steps[t].outputs}
+    ins, params, constants = {}, {}, {}
+    last = stop >= len(flat.steps)
+    if last:
+        todo.extend(i for i in flat.outputs if i not in graph.data)
+    seen: set[int] = set()
+    while todo:
+        ident = todo.pop()
+        if ident in seen or ident in made:
+            continue
+        seen.add(ident)
+        if ident in graph.origins:
+            params[ident] = None
+        elif ident in flat.constants:
+            constants[ident] = None
+        elif ident in graph.data:
+            ins[ident] = None
+        else:
+            chosen.add(maker[ident])
+            todo.extend(flat.steps[maker[ident]].inputs)
+    later = {i for t in range(stop, len(flat.steps)) for i in flat.steps[t].inputs}
+    data_outputs = set(flat.outputs)
+    outs = tuple(i for i in sorted(made & graph.data) if i in later or i in data_outputs)
+    if last:
+        outs = flat.outputs
+        for ident in set(outs) - made - set(params) - set(constants) - seen:
+            (ins if ident in graph.data else params if ident in graph.origins else constants)[ident] = None
+    ops = tuple(op for op in graph.ops if op.step in chosen and start <= op.step < stop)
+    steps = sorted(chosen)
+    return _block(graph, name, ops, steps, sorted(ins), sorted(params), sorted(constants), outs)
+
+
+def _block(graph, name, ops, positions, ins, params, constants, outs) -> Block:
+    flat, local = graph.flat, {}
+
+    def number(ident: int) -> int:
+        return local.setdefault(ident, len(local))
+
+    in_ids, param_ids, const_ids = (tuple(map(number, ids)) for ids in (ins, params, constants))
+    steps = tuple((flat.steps[t], tuple(map(number, flat.steps[t].inputs)), tuple(map(number, flat.steps[t].outputs))) for t in positions)
+    out_ids = tuple(number(i) for i in outs)
+    at = {t: i for i, t in enumerate(positions)}
+    site_names = tuple(dict.fromkeys(op.site for op in ops if op.kind != "embed"))
+    value_of = {op.site: op.site_value for op in ops}
+    # A site whose value is made in another block, and enters reshaped, is known here by what enters.
+    sites = tuple(number(value_of[s]) if value_of[s] in local else -1 for s in site_names)
+    slots = {graph.origins[i]: slot for slot, i in enumerate(params)}
+    locals_ = []
+    for op in ops:
+        weight = graph.weights[op.weight]
+        slot = slots[(weight.leaf, weight.index)]
+        site = site_names.index(op.site) if op.site in site_names else -1
+        locals_.append(LocalOp(op.kind, at[op.step], op.data_position, slot, site, params[slot] == op.weight_value))
+    key = (
+        tuple((step.signature, i, o) for step, i, o in steps),
+        tuple(str(flat.types[i]) for i in (*ins, *params, *constants)),
+        in_ids, param_ids, const_ids, out_ids, tuple(locals_), sites,
+    )  # fmt: skip
+    program = Program(key, steps, in_ids, param_ids, const_ids, out_ids, tuple(locals_), sites)
+    values = tuple(flat.constants[i] for i in constants)
+    return Block(name, ops, program, tuple(ins), tuple(outs), tuple(params), values, site_names)
+
+
+def whole(graph: Graph) -> Block:
+    """The graph as one block."""
+    return make_block(graph, "net", 0, len(graph.flat.steps))
+
+
+def param_values(graph: Graph, block: Block, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """What a block reads of the flattened parameters, in the order of `block.params`."""
+    return [leaves[leaf][index] if index else leaves[leaf] for leaf, index in (graph.origins[i] for i in block.params)]

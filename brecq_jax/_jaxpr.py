@@ -1,0 +1,185 @@
+"""The cellar: a program read as a flat list of steps. The only file that touches jax.extend.core.
+
+Calls are inlined, scans over weights are unrolled, and every value gets a **fresh id**: JAX shares one inner
+jaxpr, with the same `Var` objects, among all calls of one function (two `relu`s, say), so a `Var` is not a value.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+WEIGHTED = ("dot_general", "conv_general_dilated", "gather")
+INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+# Values keep their elements, only shape, order or dtype change.
+STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One equation: `outputs = primitive(inputs)`. Ids are positions in a table of values."""
+
+    primitive: str
+    params: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arguments: tuple[int | None, ...]  # position in `inputs` of each operand; None: a literal inside the equation
+    run: Callable[..., Sequence[jax.Array]]
+    signature: str  # equal signatures and equal input types mean equal computations
+
+    def operand(self, position: int) -> int | None:
+        """Id of the operand at a position of the primitive, None for a literal."""
+        slot = self.arguments[position]
+        return None if slot is None else self.inputs[slot]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """A whole program: `steps` in order, values by id."""
+
+    steps: tuple[Step, ...]
+    types: tuple[jax.ShapeDtypeStruct, ...]  # by id
+    inputs: tuple[int, ...]  # one id per flat argument
+    outputs: tuple[int, ...]
+    constants: dict[int, Any]  # id -> captured array
+    slices: dict[int, tuple[int, tuple[int, ...]]]  # id -> (argument id, indices): slices of scanned arguments
+
+
+def flatten(function: Callable, *args: Any) -> tuple[Flat, Any]:
+    """Trace `function(*args)` and inline it. Returns the flat program and the output's pytree of types."""
+    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
+    builder = _Builder()
+    inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
+    outputs = builder.inline(closed, inputs)
+    flat = Flat(
+        tuple(builder.steps),
+        tuple(builder.types),
+        tuple(inputs),
+        tuple(outputs),
+        builder.constants,
+        builder.slices,
+    )
+    return flat, out_shape
+
+
+def weighted_inside(step: Step) -> bool:
+    """Whether a step that is kept whole (a `while`, a `cond`, …) holds a dot, convolution or lookup."""
+    return any(_contains_weighted(body) for body in _bodies(step.params))
+
+
+class _Builder:
+    def __init__(self):
+        self.steps: list[Step] = []
+        self.types: list[jax.ShapeDtypeStruct] = []
+        self.constants: dict[int, Any] = {}
+        self.slices: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def new(self, aval) -> int:
+        self.types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return len(self.types) - 1
+
+    def constant(self, value) -> int:
+        ident = self.new(jax.typeof(value))
+        self.constants[ident] = value
+        return ident
+
+    def inline(self, closed: jex.ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
+        env = dict(zip(closed.jaxpr.constvars, map(self.constant, closed.consts), strict=True))
+        env.update(zip(closed.jaxpr.invars, inputs, strict=True))
+
+        def read(atom) -> int:
+            return self.constant(jnp.asarray(atom.val, atom.aval.dtype)) if _is_literal(atom) else env[atom]
+
+        for eqn in closed.jaxpr.eqns:
+            name, body = eqn.primitive.name, _call_body(eqn)
+            if name in INLINED or (name in CUSTOM and _contains_weighted(body)):
+                outs = self.inline(body, [read(a) for a in eqn.invars])
+            elif name == "scan" and _contains_weighted(body):
+                outs = self.unroll(eqn.params, body, [read(a) for a in eqn.invars])
+            else:
+                outs = self.step(eqn, env)
+            for var, ident in zip(eqn.outvars, outs, strict=True):
+                env[var] = ident
+        return [read(v) for v in closed.jaxpr.outvars]
+
+    def step(self, eqn, env) -> list[int]:
+        variables = list(dict.fromkeys(a for a in eqn.invars if not _is_literal(a)))
+        kept = [v for v in eqn.outvars if type(v).__name__ != "DropVar"]
+        one = jex.Jaxpr((), variables, kept, [eqn], eqn.effects)
+        outs = [self.new(v.aval) for v in eqn.outvars]
+        self.steps.append(
+            Step(
+                eqn.primitive.name,
+                eqn.params,
+                tuple(env[v] for v in variables),
+                tuple(o for o, v in zip(outs, eqn.outvars, strict=True) if v in kept),
+                tuple(None if _is_literal(a) else variables.index(a) for a in eqn.invars),
+                jex.jaxpr_as_fun(jex.ClosedJaxpr(one, ())),
+                _signature(eqn),
+            )
+        )
+        return outs
+
+    def unroll(self, params, body, operands: Sequence[int]) -> list[int]:
+        """A scan as the list of its iterations; slices of a stacked leaf become values of their own."""
+        n_const, n_carry, length = params["num_consts"], params["num_carry"], params["length"]
+        consts, carry = list(operands[:n_const]), list(operands[n_const : n_const + n_carry])
+        stacked = operands[n_const + n_carry :]
+        rows: list[list[int]] = [[] for _ in range(length)]
+        for i in reversed(range(length)) if params["reverse"] else range(length):
+            outs = self.inline(body, consts + carry + [self.index(s, i) for s in stacked])
+            carry, rows[i] = outs[:n_carry], outs[n_carry:]
+        return carry + [self.traced(lambda *r: jnp.stack(r), column) for column in zip(*rows, strict=True)]
+
+    def index(self, ident: int, i: int) -> int:
+        out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
+        root, indices = self.slices.get(ident, (ident, ()))
+        self.slices[out] = (root, (*indices, i))
+        return out
+
+    def traced(self, function: Callable, inputs: Sequence[int]) -> int:
+        (out,) = self.inline(jax.make_jaxpr(function)(*(self.types[i] for i in inputs)), list(inputs))
+        return out
+
+
+def _is_literal(atom) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def _call_body(eqn) -> jex.ClosedJaxpr | None:
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            body = eqn.params[key]
+            return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+    return None
+
+
+def _bodies(params) -> list[jex.ClosedJaxpr]:
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, jex.ClosedJaxpr):
+                found.append(item)
+            elif isinstance(item, jex.Jaxpr):
+                found.append(jex.ClosedJaxpr(item, ()))
+    return found
+
+
+def _contains_weighted(closed: jex.ClosedJaxpr | None) -> bool:
+    if closed is None:
+        return False
+    return any(
+        eqn.primitive.name in WEIGHTED or any(_contains_weighted(b) for b in _bodies(eqn.params))
+        for eqn in closed.jaxpr.eqns
+    )
+
+
+def _signature(eqn) -> str:
+    literals = [f"{a.val}:{a.aval}" if _is_literal(a) else str(a.aval) for a in eqn.invars]
+    params = ", ".join(f"{key}={value}" for key, value in sorted(eqn.params.items()))
+    return re.sub(r"0x[0-9a-f]+", "", f"{eqn.primitive.name}({', '.join(literals)}) [{params}]")

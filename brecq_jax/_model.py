@@ -1,0 +1,225 @@
+"""Problem: all that does not change while codes are chosen. Quantized: what changes, and what the user gets."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from brecq_jax._blocks import partition
+from brecq_jax._graph import Graph, Weight, trace
+from brecq_jax._interpret import Block, param_values, run, whole
+from brecq_jax._plan import Plan
+from brecq_jax._qarray import QArray
+from brecq_jax.formats import Grid, Uniform, fake_quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Float model, plan and calibration inputs; a solver reads it and never writes to it.
+
+    `inputs`: the calibration inputs as the model takes them, examples on axis 0 of every array. `loss(outputs, key)`:
+    the scalar whose gradients weigh the outputs of blocks; None: the model's own prediction (see `_calibrate.fisher`).
+    `show(done, total, text)`: progress.
+    """
+
+    apply_fn: Callable
+    params: Any
+    plan: Plan
+    inputs: Any
+    count: int
+    blocks: str | Sequence[str] = "block"
+    loss: Callable | None = None
+    memory_budget_gb: float | None = None
+    show: Callable[[int, int, str], None] = lambda done, total, text: None
+
+    def graph(self, batch_size: int) -> Graph:
+        """The program at a batch size."""
+        types = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch_size, *a.shape[1:]), a.dtype), self.inputs)
+        return _traced(self.apply_fn, _Types.of(self.params), _Types.of(types))
+
+    def units(self, batch_size: int, blocks: str | Sequence[str] | None = None) -> tuple[Block, ...]:
+        """The blocks of the program at a batch size."""
+        return partition(self.graph(batch_size), self.blocks if blocks is None else blocks)[0]
+
+    @property
+    def leaves(self) -> list[jax.Array]:
+        """The float parameters, flattened."""
+        return jax.tree.leaves(self.params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a Quantized needs beside its arrays. Compared without the report, which no computation reads."""
+
+    apply_fn: Callable
+    sites: tuple[tuple[str, Uniform], ...]
+    whole_values: bool
+    report: Any = dataclasses.field(default=None, compare=False)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "activations"), meta_fields=("program",))
+@dataclasses.dataclass(frozen=True, repr=False)
+class Quantized:
+    """A quantized model: a pytree to call, jit, shard and differentiate.
+
+    `params`: the caller's tree, with a `QArray` for every quantized leaf. `activations`: value name -> Grid.
+
+        logits = quantized(images)
+        logits = quantized.apply_fn(quantized.params, images)      # the same
+    """
+
+    params: Any
+    activations: Mapping[str, Grid]
+    program: Program
+
+    def __call__(self, inputs: Any) -> Any:
+        """Outputs of the quantized model, in the structure that the float model's have."""
+        return _call(self, inputs)
+
+    @property
+    def apply_fn(self) -> Callable[[Any, Any], Any]:
+        """`apply_fn(params, inputs)` for params of this structure, with QArray leaves or without."""
+        return functools.partial(_apply, self.program, self.activations)
+
+    @property
+    def report(self):
+        """What was done: plan, sizes, errors before and after, what stayed float."""
+        return self.program.report
+
+    def dequantized(self) -> Any:
+        """Params of the caller's structure with float leaves on the grid, for the caller's own apply_fn."""
+        return jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, self.params, is_leaf=_is_qarray)
+
+    def weight(self, weight: Weight) -> QArray | None:
+        """The codes of one weight, or of one slice of a stacked leaf; None if it is float."""
+        leaf = jax.tree.leaves(self.params, is_leaf=_is_qarray)[weight.leaf]
+        return slice_qarray(leaf, weight) if isinstance(leaf, QArray) else None
+
+    def with_weights(self, weights: Mapping[str, QArray], graph: Graph) -> "Quantized":
+        """The same model with other codes for some weights."""
+        leaves, tree = jax.tree.flatten(self.params, is_leaf=_is_qarray)
+        stacks: dict[int, dict[tuple[int, ...], QArray]] = {}
+        for name, value in weights.items():
+            weight = graph.weights[name]
+            if weight.index:
+                stacks.setdefault(weight.leaf, {})[weight.index] = value
+            else:
+                leaves[weight.leaf] = value
+        for leaf, parts in stacks.items():
+            leaves[leaf] = _restack(leaves[leaf], graph.leaves[leaf][1], parts)
+        return dataclasses.replace(self, params=jax.tree.unflatten(tree, leaves))
+
+    def with_activations(self, activations: Mapping[str, Grid]) -> "Quantized":
+        """The same model with other grids for some activations."""
+        return dataclasses.replace(self, activations={**self.activations, **activations})
+
+    def with_report(self, report) -> "Quantized":
+        """The same model with a report."""
+        return dataclasses.replace(self, program=dataclasses.replace(self.program, report=report))
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_qarray)
+        quantized = sum(isinstance(leaf, QArray) for leaf in leaves)
+        return f"Quantized({quantized} of {len(leaves)} params, {len(self.activations)} activations)"
+
+
+def slice_qarray(array: QArray, weight: Weight) -> QArray:
+    """The QArray of a weight out of the QArray of its leaf (the same, unless the leaf is a stack)."""
+    depth = len(weight.index)
+    if not depth:
+        return array
+    lead = array.codes.shape[:depth]
+    grid = jax.tree.map(lambda g: _unmerge(g, lead)[weight.index], array.grid)
+    axes = tuple(a - depth for a in array.channel_axes if a >= depth)
+    return QArray(array.codes[weight.index], grid, array.format, axes, array.dtype)
+
+
+def _unmerge(grid, lead):
+    return grid.reshape(*lead, -1, *grid.shape[1:])
+
+
+def _restack(leaf, shape, parts: Mapping[tuple[int, ...], QArray]) -> QArray:
+    """A stacked leaf from its slices; slices that are not given keep their codes."""
+    depth = len(next(iter(parts)))
+    lead, example = tuple(shape[:depth]), next(iter(parts.values()))
+    axes = (*range(depth), *(a + depth for a in example.channel_axes))
+    if isinstance(leaf, QArray):
+        codes, grid = leaf.codes, jax.tree.map(lambda g: _unmerge(g, lead), leaf.grid)
+    else:
+        codes = jnp.zeros(shape, example.codes.dtype)
+        grid = jax.tree.map(lambda g: jnp.zeros((*lead, *g.shape), g.dtype), example.grid)
+    for index, part in parts.items():
+        codes = codes.at[index].set(part.codes)
+        grid = jax.tree.map(lambda g, p, at=index: g.at[at].set(p), grid, part.grid)
+    grid = jax.tree.map(lambda g: g.reshape(-1, *g.shape[depth + 1 :]), grid)
+    return QArray(codes, grid, example.format, axes, example.dtype)
+
+
+def _is_qarray(x) -> bool:
+    return isinstance(x, QArray)
+
+
+@jax.jit
+def _call(quantized: Quantized, inputs):
+    return quantized.apply_fn(quantized.params, inputs)
+
+
+def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
+    params = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=_is_qarray)
+    if not program.sites:
+        return program.apply_fn(params, inputs)
+    graph = _traced(program.apply_fn, _Types.of(params), _Types.of(inputs))
+    block = whole(graph)
+    missing = [name for name, _ in program.sites if name not in block.sites]
+    if missing:
+        raise ValueError(
+            f"The model was quantized with activations named {', '.join(missing)}, which this apply_fn does not have. "
+            f"It has {', '.join(block.sites)}: use the apply_fn that was quantized."
+        )
+    values = dict(zip(graph.flat.inputs[graph.num_leaves :], jax.tree.leaves(inputs), strict=True))
+    hooks = quantize_hooks(block, dict(program.sites), activations, program.whole_values)
+    leaves = jax.tree.leaves(params)
+    outputs = run(block.program, [values[i] for i in block.ins], param_values(graph, block, leaves), block.constants, **hooks)
+    return jax.tree.unflatten(graph.out_tree, outputs)
+
+
+def quantize_hooks(block: Block, formats: Mapping[str, Uniform], grids: Mapping[str, Grid], whole_values: bool) -> dict:
+    """Hooks of `run` that quantize activations: whole values, or what ops read of them."""
+
+    def quantize(site: int, x):
+        name = block.sites[site]
+        if formats.get(name) is None or name not in grids:
+            return x
+        grid = jax.tree.map(jnp.squeeze, grids[name])
+        return fake_quantize(x, grid.scale, grid.zero_point, formats[name].bits)
+
+    def on_input(number: int, x):
+        op = block.program.ops[number]
+        inside = whole_values and op.site >= 0 and block.program.sites[op.site] >= 0
+        return x if op.site < 0 or inside else quantize(op.site, x)
+
+    return {"on_input": on_input, "on_value": quantize} if whole_values else {"on_input": on_input}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Types:
+    """Shapes and dtypes of a tree, hashable."""
+
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+    tree: Any
+
+    @classmethod
+    def of(cls, tree) -> "_Types":
+        leaves, structure = jax.tree.flatten(tree)
+        return cls(tuple((jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))) for x in leaves), structure)
+
+    def abstract(self):
+        return jax.tree.unflatten(self.tree, [jax.ShapeDtypeStruct(s, d) for s, d in self.leaves])
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(apply_fn: Callable, params: _Types, inputs: _Types) -> Graph:
+    return trace(apply_fn, params.abstract(), inputs.abstract())

@@ -1,0 +1,228 @@
+"""The decision that joins program and numbers: which format each weight and each activation gets."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.box
+import rich.console
+import rich.table
+
+from brecq_jax._graph import Graph, Op
+from brecq_jax.formats import Format, Uniform
+
+PRESETS = ("brecq", "uniform")
+EDGE_BITS = 8  # of the first and last layer, under a preset
+
+Rules = Format | None | Mapping[str, Format | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is quantized, and how: total over the graph's weights and over the values that its ops read.
+
+    `weights`: name -> format, None stays float. `activations`: value -> format; a value is named by the first op that
+    reads it. `whole_values`: the quantized value replaces the original for everything that reads it (so that a residual
+    sum adds quantized values); otherwise weighted ops alone see it.
+    """
+
+    weights: Mapping[str, Format | None]
+    activations: Mapping[str, Uniform | None]
+    whole_values: bool
+    preset: str | None
+    rows: tuple[tuple[str, ...], ...]  # the table: op, shape, weight format, true bits, activation format, remarks
+    float_bits: int
+    size_bits: int
+    skipped: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for title, justify in (("op", "left"), ("shape", "left"), ("weight", "left"), ("bits", "right"), ("reads", "left"), ("", "left")):
+            table.add_column(title, justify=justify, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        ratio = self.float_bits / max(self.size_bits, 1)
+        last = f"weights: {self.size_bits / 8e6:.3f} MB, in float {self.float_bits / 8e6:.3f} MB ({ratio:.2f} times smaller)"
+        if any(self.activations.values()):
+            whom = "everything that reads a value" if self.whole_values else "weighted ops alone (residual sums stay float)"
+            last += f"\nactivations are quantized for {whom}; preset: {self.preset}"
+        kept = "".join(f"\nkept float: {name}: {why}" for name, why in self.skipped)
+        return render(table) + last + kept
+
+
+def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Uniform(8), preset: str | None = None) -> Plan:
+    """Decide on a format for every weight and every activation.
+
+    Args:
+      weights: one format for all, None for float, or `{pattern: format}`: the first rule whose regular expression
+        matches the whole name wins; names that no rule matches stay float.
+      activations: the same, for the values that ops read (named by the first op that reads them).
+      preset: "brecq": first and last layer's weights, the first layer's output and the last layer's input at 8 bits,
+        the network's input float, whole values quantized (residual sums add quantized values). "uniform": first and
+        last layer's weights and the network's input at 8 bits, every other activation at the stated bits, residual
+        sums float. None: what is stated, everywhere. Rules that match a name win over the preset.
+
+    Raises:
+      ValueError: an unknown preset, a rule that is never used, a format that does not fit a weight's shape.
+      TypeError: something that is not a format.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: write one of {', '.join(map(repr, PRESETS))} or None.")
+    sites = {op.site: op for op in reversed(graph.ops) if op.kind != "embed"}
+    sites = {op.site: sites[op.site] for op in graph.ops if op.site in sites}
+    by_rule_w = _match("weights", weights, list(graph.weights))
+    by_rule_a = _match("activations", activations, list(sites))
+    first, last = graph.ops[0], graph.ops[-1]
+    chosen_w: dict[str, Format | None] = {}
+    for name, weight in graph.weights.items():
+        format, ruled = by_rule_w[name]
+        if preset and not ruled and name in (first.weight, last.weight) and format is not None:
+            format = dataclasses.replace(format, bits=EDGE_BITS)
+        chosen_w[name] = _for_weight(format, weight)
+    after_first = _fed_by_first(graph)
+    chosen_a: dict[str, Uniform | None] = {}
+    for name, op in sites.items():
+        format, ruled = by_rule_a[name]
+        if preset and not ruled and format is not None:
+            reads_input = op.site_value not in graph.heavy
+            edge = reads_input or (preset == "brecq" and (op.site_value in after_first or op.site == last.site))
+            format = None if reads_input and preset == "brecq" else dataclasses.replace(format, bits=EDGE_BITS) if edge else format
+        chosen_a[name] = _for_activation(format, name)
+    _check_slices(graph, chosen_w)
+    rows, sizes = [], {}
+    for op in graph.ops:
+        rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
+    others = sum(math.prod(s) for n, s in graph.leaves) - sum(math.prod(w.shape) for w in graph.weights.values())
+    size = sum(sizes.values()) + 32 * others
+    total = 32 * sum(math.prod(s) for _, s in graph.leaves)
+    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), total, size, graph.skipped)
+
+
+def render(renderable: Any, width: int = 120) -> str:
+    """A rich table as plain text."""
+    console = rich.console.Console(width=width, no_color=True, highlight=False, file=_Null())
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+class _Null:
+    def write(self, text):
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format | None, bool]]:
+    """name -> (format, whether a rule named it)."""
+    if rules is None or isinstance(rules, Format):
+        return {name: (rules, False) for name in names}
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"{what}: {rules!r} is a {type(rules).__name__}. Write a format, as Uniform(4), None for float, or a "
+            "dict {pattern: format}."
+        )
+    found, used = {}, set()
+    for name in names:
+        pattern = next((p for p in rules if re.fullmatch(p, name)), None)
+        used.add(pattern)
+        found[name] = (rules.get(pattern), pattern is not None)
+    for pattern, format in rules.items():
+        if format is not None and not isinstance(format, Format):
+            raise TypeError(f"{what}: the rule {pattern!r} gives {format!r}. Write a format, as Uniform(4), or None.")
+        if pattern not in used:
+            shadowed = any(re.fullmatch(pattern, name) for name in names)
+            reason = "is never used: earlier rules match all its names" if shadowed else "matched no op"
+            shown = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
+            raise ValueError(
+                f"{what}: the rule {pattern!r} {reason}. The weighted ops are\n  {shown}.\n"
+                "Rules are regular expressions for the whole name: try 'block.*'."
+            )
+    return found
+
+
+def _for_weight(format: Format | None, weight) -> Format | None:
+    if isinstance(format, Uniform) and format.granularity is None:
+        format = dataclasses.replace(format, granularity="per_channel")
+    if format is not None:
+        channels = math.prod(weight.shape[a] for a in weight.channel_axes)
+        try:
+            format.check((channels, math.prod(weight.shape) // max(channels, 1)))
+        except ValueError as error:
+            raise ValueError(f"weights: {weight.name} {weight.shape}: {error}") from None
+    return format
+
+
+def _for_activation(format: Format | None, name: str) -> Uniform | None:
+    if format is None:
+        return None
+    if not isinstance(format, Uniform) or format.granularity not in (None, "per_tensor"):
+        raise ValueError(
+            f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits})."
+        )
+    return dataclasses.replace(format, granularity="per_tensor")
+
+
+def _fed_by_first(graph: Graph) -> set[int]:
+    """Values that the first op alone has made."""
+    weighted = {op.step: i for i, op in enumerate(graph.ops)}
+    makers: dict[int, frozenset[int]] = {}
+    for t, step in enumerate(graph.flat.steps):
+        above = frozenset().union(*(makers.get(i, ()) for i in step.inputs))
+        for out in step.outputs:
+            makers[out] = frozenset((weighted[t],)) if t in weighted else above
+    return {ident for ident, ops in makers.items() if ops == {0}}
+
+
+def _check_slices(graph: Graph, chosen):
+    by_leaf: dict[int, set] = {}
+    for name, weight in graph.weights.items():
+        by_leaf.setdefault(weight.leaf, set()).add(chosen[name])
+        if len(by_leaf[weight.leaf]) > 1:
+            raise ValueError(
+                f"weights: the slices of the stacked parameter {graph.leaves[weight.leaf][0]!r} get different formats. "
+                "One leaf holds them all: write one rule for all its slices."
+            )
+
+
+def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | None, sizes: dict[str, int]) -> tuple[str, ...]:
+    weight = graph.weights[op.weight]
+    remark = []
+    if op.weight in sizes:
+        remark.append("shares its weight")
+    else:
+        sizes[op.weight] = _size_bits(weight, format)
+    if op.computed:
+        remark.append(f"the parameter is quantized, then {', '.join(dict.fromkeys(op.computed))}")
+    if activation is not None and op.site != op.name:
+        remark.append(f"reads what {op.site} reads")
+    per = sizes[op.weight] / max(math.prod(weight.shape), 1)
+    return (
+        op.name, "×".join(map(str, weight.shape)), describe(format), f"{per:.2f}",
+        "indices" if op.kind == "embed" else describe(activation), "; ".join(remark),
+    )  # fmt: skip
+
+
+def describe(format: Format | None) -> str:
+    """`4 bit per_channel`, as a table shows a format."""
+    if format is None:
+        return "float"
+    if not isinstance(format, Uniform):
+        return str(format)
+    granularity = format.granularity if isinstance(format.granularity, str) else f"groups of {format.granularity}"
+    return f"{format.bits} bit {granularity}" + (" symmetric" if format.symmetric else "")
+
+
+def _size_bits(weight, format: Format | None) -> int:
+    size = math.prod(weight.shape)
+    if format is None:
+        return 32 * size
+    channels = math.prod(weight.shape[a] for a in weight.channel_axes)
+    rows = jax.ShapeDtypeStruct((channels, size // max(channels, 1)), jnp.float32)
+    grid = jax.eval_shape(format.fit, rows)
+    return format.storage_bits(rows, grid)

@@ -1,0 +1,65 @@
+"""What a number format is: a grid fitted to rows, codes that name its points, and the bits both cost.
+
+Every format sees a weight as **rows**: float32 of shape (channels, elements). Bringing an array to this layout is the
+caller's work (`brecq_jax._qarray.to_rows`), so nothing here knows of kernels, layers or models.
+"""
+
+import abc
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Float32, Num, UInt8
+
+
+class Grid(NamedTuple):
+    """All parameters that fix the representable points; arrays only, so a pytree to learn and to map over.
+
+    Both are (channels or 1, groups or 1, 1) and broadcast against rows reshaped to (channels, groups, group_elements).
+    """
+
+    scale: Float32[Array, "#channels #groups 1"]
+    zero_point: Float32[Array, "#channels #groups 1"]
+
+
+class Format(abc.ABC):
+    """A way to write rows as codes. decode(encode(rows, grid), grid) is the point of the grid nearest to rows.
+
+    Formats are frozen, hashable dataclasses without arrays: static under `jit`, equal when their settings are.
+    """
+
+    bits: int
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError if rows of this shape (channels, elements) cannot be written in this format."""
+
+    @abc.abstractmethod
+    def fit(
+        self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
+    ) -> Grid:
+        """The grid for these rows; `importance` weighs the error of each element."""
+
+    @abc.abstractmethod
+    def encode(self, rows: Float[Array, "channels elements"], grid: Grid) -> UInt8[Array, "channels elements"]:
+        """The code of the point nearest to each element."""
+
+    @abc.abstractmethod
+    def decode(self, codes: Num[Array, "channels elements"], grid: Grid) -> Float32[Array, "channels elements"]:
+        """The points that the codes name."""
+
+    @abc.abstractmethod
+    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: Grid) -> int:
+        """Bits to store the codes and the grid. Reads shapes only, so abstract arrays will do."""
+
+
+class ScalarFormat(Format):
+    """A format whose points lie on a line, each element coded by itself: what rounding can choose between."""
+
+    @abc.abstractmethod
+    def neighbors(
+        self, rows: Float[Array, "channels elements"], grid: Grid
+    ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:
+        """Codes (low, high) of the closest points either side: decode(low) ≤ rows ≤ decode(high).
+
+        Outside the range both are the end point, and rounding has nothing to choose.
+        """

@@ -1,0 +1,222 @@
+"""Evenly spaced grids, and the rules that choose their range."""
+
+import abc
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Num, UInt8
+
+from brecq_jax.formats._format import Grid, ScalarFormat
+
+# A dead channel has no range to divide. The floor keeps 1/scale² finite in float32, which the gradient to scale needs.
+SCALE_FLOOR = 1e-15
+
+Groups = Float32[Array, "channels groups elements"]
+PerGroup = Float32[Array, "channels groups 1"]
+
+
+class RangeRule(abc.ABC):
+    """A frozen callable that chooses the grid of every group. The range it hands on always contains zero."""
+
+    @abc.abstractmethod
+    def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        """The grid for each group (the last axis is one group)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax(RangeRule):
+    """The range is [min(w, 0), max(w, 0)]: nothing is clipped, and one outlier sets the scale. Ignores importance.
+
+    Source: Krishnamoorthi 2018, sections 2.1 and 3.1, https://arxiv.org/abs/1806.08342
+    """
+
+    def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        return format.grid_between(*_bounds(groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class LpRange(RangeRule):
+    """The range is f · [min(w, 0), max(w, 0)], f of 1.00, 0.99, … 0.21 minimising mean(importance · |w − ŵ|^p).
+
+    Source: Nahshan et al. 2019 (LAPQ), section 4.1, https://arxiv.org/abs/1911.07190; p, the factors and one factor
+    for both ends are those of BRECQ's released code (https://github.com/yhhhli/BRECQ, quant/quant_layer.py, `mse`).
+    Unlike that code zero is always in the range, also for one-sided rows, so every zero point fits in `bits`.
+    """
+
+    p: float = 2.4
+    steps: int = 80
+    shrink: float = 0.01  # the range loses this fraction of the whole at each step
+
+    def __post_init__(self):
+        if not self.p > 0:
+            raise ValueError(f"LpRange: p is {self.p}; write a positive exponent, such as p=2.4.")
+        if self.steps < 1 or not self.shrink > 0 or (self.steps - 1) * self.shrink >= 1:
+            raise ValueError(
+                f"LpRange: steps={self.steps} of shrink={self.shrink} leave no range at the end;\n"
+                "  write steps ≥ 1, shrink > 0 and (steps − 1) · shrink < 1, such as steps=80, shrink=0.01."
+            )
+
+    def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        low, high = _bounds(groups)
+        # Errors are counted in steps of the widest grid and importance in parts of its maximum: nothing under- or
+        # overflows, and doubling the weights changes no comparison.
+        unit = format.grid_between(low, high).scale
+        if importance is not None:
+            peak = jnp.max(importance, axis=-1, keepdims=True)
+            importance = importance / jnp.where(peak > 0, peak, 1)
+
+        def narrower(best, factor):
+            grid = format.grid_between(factor * low, factor * high)
+            error = (jnp.abs(groups - _decode(_encode(groups, grid, format.bits), grid)) / unit) ** self.p
+            score = jnp.mean(error if importance is None else importance * error, axis=-1, keepdims=True)
+            best_score, best_factor = best
+            better = score < best_score  # strictly: of equals the widest range stays
+            return (jnp.where(better, score, best_score), jnp.where(better, factor, best_factor)), None
+
+        factors = np.float32(1 - self.shrink * np.arange(self.steps))
+        # One factor at a time: all at once would hold `steps` copies of the weight.
+        (_, factor), _ = jax.lax.scan(narrower, (jnp.full_like(low, jnp.inf), jnp.ones_like(low)), factors)
+        return format.grid_between(factor * low, factor * high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(ScalarFormat):
+    """Evenly spaced grid: w ≈ scale · (code − zero_point), code in [0, 2^bits), and zero is a point of the grid.
+
+    Source: Jacob et al. 2018, eq. 1, https://arxiv.org/abs/1712.05877
+
+    `symmetric` fixes zero_point = 2^(bits−1): the integers are −2^(bits−1) … 2^(bits−1) − 1, one more below than above.
+    `granularity` says what shares a scale: "per_tensor", "per_channel", or that many consecutive elements of a channel.
+    None leaves the choice to the planner; alone it means per channel.
+
+        >>> rows = jnp.array([[-1.0, 0.0, 0.9, 2.0]])
+        >>> format = Uniform(2, ranges=MinMax())
+        >>> grid = format.fit(rows)
+        >>> format.decode(format.encode(rows, grid), grid)
+        Array([[-1.,  0.,  1.,  2.]], dtype=float32)
+    """
+
+    bits: int
+    symmetric: bool = False
+    granularity: Literal["per_tensor", "per_channel"] | int | None = None
+    ranges: RangeRule = LpRange()
+
+    def __post_init__(self):
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int):
+            raise TypeError(f"Uniform: bits is {self.bits!r}; write an int from 2 to 8.")
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"Uniform: bits is {self.bits}; write an int from 2 to 8.")
+        if not isinstance(self.ranges, RangeRule):
+            raise TypeError(f"Uniform: ranges is {self.ranges!r}; write MinMax() or LpRange(), with the brackets.")
+        is_group_size = type(self.granularity) is int and self.granularity >= 1
+        if not is_group_size and self.granularity not in ("per_tensor", "per_channel", None):
+            raise ValueError(
+                f"Uniform: granularity is {self.granularity!r};\n"
+                '  write "per_tensor", "per_channel", or a group size such as 128.'
+            )
+
+    def check(self, shape: tuple[int, int]) -> None:
+        """Raise ValueError if the group size does not divide the elements of a channel."""
+        size, (_, elements) = self.granularity, shape
+        if isinstance(size, int) and elements % size:
+            divisor = max(d for d in range(1, size) if elements % d == 0)
+            raise ValueError(
+                f"Uniform: the group size {size} does not divide the {elements} elements of a channel (rows {shape});\n"
+                f'  write granularity={divisor}, which does, or "per_channel".'
+            )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def fit(
+        self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
+    ) -> Grid:
+        """The grid that `ranges` chooses for each group. Compiled once per format and shape."""
+        self.check(rows.shape)
+        if importance is not None and importance.shape != rows.shape:
+            raise ValueError(
+                f"Uniform.fit: importance is {importance.shape} and rows are {rows.shape};\n"
+                "  write one importance for each element."
+            )
+        pool = (1, -1) if self.granularity == "per_tensor" else rows.shape
+        rows, importance = (x if x is None else self._grouped(x.reshape(pool)) for x in (rows, importance))
+        return self.ranges(self, rows, importance)
+
+    def encode(self, rows: Float[Array, "channels elements"], grid: Grid) -> UInt8[Array, "channels elements"]:
+        """clip(round(w / scale) + zero_point, 0, 2^bits − 1), halves to even."""
+        codes = _encode(self._grouped(rows), grid, self.bits)
+        return codes.astype(jnp.uint8).reshape(rows.shape)
+
+    def decode(self, codes: Num[Array, "channels elements"], grid: Grid) -> Float32[Array, "channels elements"]:
+        """scale · (code − zero_point). Float codes are points between the points; gradients flow to them and scale."""
+        return _decode(self._grouped(codes), grid).reshape(codes.shape)
+
+    def neighbors(
+        self, rows: Float[Array, "channels elements"], grid: Grid
+    ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:
+        """Codes (floor, floor + 1): a weight that lies on a point may still choose the next one."""
+        floor = jnp.floor(self._grouped(rows) / grid.scale) + grid.zero_point
+        low, high = (jnp.clip(code, 0, 2**self.bits - 1) for code in (floor, floor + 1))
+        return low.astype(jnp.uint8).reshape(rows.shape), high.astype(jnp.uint8).reshape(rows.shape)
+
+    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: Grid) -> int:
+        """bits per code, 32 per scale, and bits per zero_point unless `symmetric` fixes it."""
+        per_group = 32 if self.symmetric else 32 + self.bits
+        return math.prod(codes.shape) * self.bits + math.prod(grid.scale.shape) * per_group
+
+    def grid_between(self, low: PerGroup, high: PerGroup) -> Grid:
+        """The grid of least scale whose points span low ≤ 0 ≤ high.
+
+        Symmetric grids reach both ends. Of asymmetric ones rounding zero_point moves both ends by up to half a step.
+        """
+        if self.symmetric:
+            half = 2 ** (self.bits - 1)
+            scale = jnp.maximum(jnp.maximum(-low / half, high / (half - 1)), SCALE_FLOOR)
+            return Grid(scale, jnp.full_like(scale, half))
+        top = 2**self.bits - 1
+        scale = jnp.maximum((high - low) / top, SCALE_FLOOR)
+        return Grid(scale, jnp.clip(jnp.round(-low / scale), 0, top))
+
+    def _grouped(self, rows: Num[Array, "channels elements"]) -> Num[Array, "channels groups group_elements"]:
+        self.check(rows.shape)
+        channels, elements = rows.shape
+        size = self.granularity if isinstance(self.granularity, int) else elements
+        return rows.astype(jnp.float32).reshape(channels, elements // max(size, 1), size)
+
+
+def fake_quantize(
+    x: Float[Array, "..."], scale: Float[Array, "..."], zero_point: Float[Array, "..."], bits: int
+) -> Float[Array, "..."]:
+    """x rounded to the grid, with a gradient: x̂ = scale · round(clip(x / scale, −zero_point, 2^bits − 1 − zero_point)).
+
+    ∂x̂/∂x is 1 inside the range and 0 outside; ∂x̂/∂scale is round(x/scale) − x/scale inside and the end outside.
+    `zero_point` holds integers. x̂ has the dtype of x.
+    Source: Esser et al. 2020 (LSQ), eqs. 1 to 3 and 5, https://arxiv.org/abs/1902.08153. Their ends −Q_N and Q_P are
+    −zero_point and 2^bits − 1 − zero_point here. Their gradient scale 1/√(N·Q_P) belongs to the optimizer: not here.
+    """
+    low, high = -zero_point, 2**bits - 1 - zero_point
+    steps = x / scale
+    # `where`, since at a tie `jnp.clip` would share the gradient between x and the end.
+    inside = (low < steps) & (steps < high)
+    rounded = scale * jnp.where(inside, _round_straight_through(steps), jnp.where(steps <= low, low, high))
+    return rounded.astype(x.dtype)
+
+
+def _round_straight_through(x):
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def _bounds(groups: Groups) -> tuple[PerGroup, PerGroup]:
+    low, high = jnp.min(groups, axis=-1, keepdims=True), jnp.max(groups, axis=-1, keepdims=True)
+    return jnp.minimum(low, 0), jnp.maximum(high, 0)
+
+
+def _encode(groups, grid: Grid, bits: int):
+    return jnp.clip(jnp.round(groups / grid.scale) + grid.zero_point, 0, 2**bits - 1)
+
+
+def _decode(codes, grid: Grid):
+    return grid.scale * (codes - grid.zero_point)
