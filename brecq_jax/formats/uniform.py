@@ -32,7 +32,7 @@ class RangeRule(abc.ABC):
 class MinMax(RangeRule):
     """The range is [min(w, 0), max(w, 0)]: nothing is clipped, and one outlier sets the scale. Ignores importance.
 
-    Source: Krishnamoorthi 2018, sections 2.1 and 3.1, https://arxiv.org/abs/1806.08342
+    Source: Krishnamoorthi 2018, uniform affine quantizer, https://arxiv.org/abs/1806.08342
     """
 
     def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
@@ -43,7 +43,7 @@ class MinMax(RangeRule):
 class LpRange(RangeRule):
     """The range is f · [min(w, 0), max(w, 0)], f of 1.00, 0.99, … 0.21 minimising mean(importance · |w − ŵ|^p).
 
-    Source: Nahshan et al. 2019 (LAPQ), section 4.1, https://arxiv.org/abs/1911.07190; p, the factors and one factor
+    Source: Nahshan et al. 2019 (LAPQ), L_p layer-wise, https://arxiv.org/abs/1911.07190; p, the factors and one factor
     for both ends are those of BRECQ's released code (https://github.com/yhhhli/BRECQ, quant/quant_layer.py, `mse`).
     Unlike that code zero is always in the range, also for one-sided rows, so every zero point fits in `bits`.
     """
@@ -190,12 +190,13 @@ class Uniform(ScalarFormat):
 def fake_quantize(
     x: Float[Array, "..."], scale: Float[Array, "..."], zero_point: Float[Array, "..."], bits: int
 ) -> Float[Array, "..."]:
-    """x rounded to the grid, with a gradient: x̂ = scale · round(clip(x / scale, −zero_point, 2^bits − 1 − zero_point)).
+    """x rounded to the grid, with a gradient: x̂ = scale · round(clip(x/scale, −zero_point, 2^bits − 1 − zero_point)).
 
     ∂x̂/∂x is 1 inside the range and 0 outside; ∂x̂/∂scale is round(x/scale) − x/scale inside and the end outside.
     `zero_point` holds integers. x̂ has the dtype of x.
-    Source: Esser et al. 2020 (LSQ), eqs. 1 to 3 and 5, https://arxiv.org/abs/1902.08153. Their ends −Q_N and Q_P are
-    −zero_point and 2^bits − 1 − zero_point here. Their gradient scale 1/√(N·Q_P) belongs to the optimizer: not here.
+    Source: Esser et al. 2020 (LSQ), eq. 3 and its straight-through gradient, https://arxiv.org/abs/1902.08153. Their
+    ends −Q_N and Q_P are −zero_point and 2^bits − 1 − zero_point here. Their gradient scale 1/√(N·Q_P) belongs to the
+    optimizer: not here.
     """
     low, high = -zero_point, 2**bits - 1 - zero_point
     steps = x / scale

@@ -1,0 +1,235 @@
+"""What solvers learn from: inputs, targets and Fisher weights of blocks, streamed over the calibration examples."""
+
+import functools
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from brecq_jax._fast_ops import fast_op
+from brecq_jax._graph import Graph
+from brecq_jax._interpret import Block, param_values, run, whole
+from brecq_jax._interpret import Program as BlockProgram
+from brecq_jax._model import Problem, quantize_hooks
+from brecq_jax.formats import Grid, Uniform
+
+SAMPLES_PER_BATCH = 16_384  # of each activation, evenly strided: what ranges are fitted to
+OBSERVED_EXAMPLES = 256
+
+
+class Memory:
+    """Arrays for cached values: in memory up to a budget, in a file on disk beyond it."""
+
+    def __init__(self, budget_gb: float | None):
+        self.left = math.inf if budget_gb is None else budget_gb * 1e9
+        self.spilled = False
+
+    def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        need = math.prod(shape) * np.dtype(dtype).itemsize
+        if need <= self.left:
+            self.left -= need
+            return np.empty(shape, dtype)
+        self.spilled = True
+        return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
+
+    def free(self, array: np.ndarray):
+        if not isinstance(array, np.memmap):
+            self.left += array.nbytes
+
+
+class Stream:
+    """The values that cross block boundaries, for all examples, walking from the first block to the last.
+
+    `values`: id -> array with the examples on axis 0. A value is dropped after the last block that reads it, so that
+    memory holds one boundary, not the whole net. One pass over the net for all blocks together.
+    """
+
+    def __init__(self, graph: Graph, blocks: Sequence[Block], inputs: Any, batch_size: int, memory: Memory):
+        self.graph, self.batch_size, self.memory = graph, batch_size, memory
+        ids = graph.flat.inputs[graph.num_leaves :]
+        self.values = {i: np.asarray(a) for i, a in zip(ids, jax.tree.leaves(inputs), strict=True)}
+        self.count = next(iter(self.values.values())).shape[0]
+        self.last_reader = {i: n for n, block in enumerate(blocks) for i in block.ins}
+        self.position = 0
+
+    def inputs_of(self, block: Block) -> list[np.ndarray]:
+        return [self.values[i] for i in block.ins]
+
+    def advance(self, block: Block, outputs: Sequence[np.ndarray]):
+        """Take the block's outputs, drop what no later block reads."""
+        own = set(self.graph.flat.inputs)
+        self.values.update(zip(block.outs, outputs, strict=True))
+        for ident in [i for i in self.values if self.last_reader.get(i, -1) <= self.position]:
+            value = self.values.pop(ident)
+            if ident not in own:
+                self.memory.free(value)
+        self.position += 1
+
+    def outputs(self, block: Block, params: Sequence[jax.Array], hooks: "Hooks | None" = None) -> list[np.ndarray]:
+        """The block's outputs for all examples. Values that are not held per example are broadcast."""
+        results: list[np.ndarray] = []
+        inputs = self.inputs_of(block)
+        for start in range(0, self.count, self.batch_size):
+            rows = np.minimum(np.arange(start, start + self.batch_size), self.count - 1)  # the last row fills up
+            stop = min(start + self.batch_size, self.count)
+            outs = forward(block, [a[rows] for a in inputs], params, hooks)
+            if not results:
+                results = [self.memory.empty((self.count, *o.shape[1:]), o.dtype) for o in outs]
+            for result, out in zip(results, outs, strict=True):
+                result[start:stop] = np.asarray(out)[: stop - start]
+        return results
+
+
+class Hooks:
+    """Activation quantization of a block as arguments of a compiled function: formats static, grids arrays."""
+
+    def __init__(self, formats: Mapping[str, Uniform | None], grids: Mapping[str, Grid], whole_values: bool):
+        self.formats, self.grids, self.whole_values = formats, grids, whole_values
+
+    def of(self, block: Block) -> tuple[tuple, dict[int, Grid], bool]:
+        known = {s: n for s, n in enumerate(block.sites) if n in self.grids and self.formats.get(n)}
+        return tuple((s, self.formats[n]) for s, n in known.items()), {s: self.grids[n] for s, n in known.items()}, self.whole_values
+
+
+def forward(block: Block, inputs, params, hooks: Hooks | None = None) -> tuple[jax.Array, ...]:
+    """Run a block on one batch; compiled once per block shape."""
+    formats, grids, whole_values = hooks.of(block) if hooks else ((), {}, False)
+    return _forward(block.program, formats, whole_values, list(inputs), list(params), list(block.constants), grids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(program, formats, whole_values, inputs, params, constants, grids):
+    return run_local(program, formats, whole_values, inputs, params, constants, grids)
+
+
+def run_local(program: BlockProgram, formats, whole_values: bool, inputs, params, constants, grids) -> tuple[jax.Array, ...]:
+    """`run` with activations quantized, sites by position: what the loops of solvers trace."""
+    local = Block("", (), program, (), (), (), (), tuple(map(str, range(len(program.sites)))))
+    named = {str(s): f for s, f in formats}
+    hooks = quantize_hooks(local, named, {str(s): g for s, g in grids.items()}, whole_values) if formats else {}
+    return run(program, inputs, params, constants, on_op=fast_op, **hooks)
+
+
+def learned_outputs(graph: Graph, block: Block) -> tuple[int, ...]:
+    """Positions of the outputs that reconstruction compares: real numbers that weighted ops made."""
+    types = graph.flat.types
+    return tuple(
+        n for n, i in enumerate(block.outs) if i in graph.heavy and jnp.issubdtype(types[i].dtype, jnp.floating)
+    )
+
+
+def observe(problem: Problem, leaves: Sequence[jax.Array], batch_size: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Values of activations over the calibration set: name -> a sample that holds the least and the greatest."""
+    count = min(problem.count, OBSERVED_EXAMPLES)
+    batch_size = min(batch_size, count)
+    graph = problem.graph(batch_size)
+    block = whole(graph)
+    ids = graph.flat.inputs[graph.num_leaves :]
+    flat_inputs = dict(zip(ids, jax.tree.leaves(problem.inputs), strict=True))
+    found: dict[str, list[np.ndarray]] = {}
+    for start in range(0, count - batch_size + 1, batch_size):
+        batch = [np.asarray(flat_inputs[i][start : start + batch_size]) for i in block.ins]
+        values = _observe(block.program, batch, param_values(graph, block, leaves), list(block.constants))
+        for site, sample in values.items():
+            found.setdefault(block.sites[site], []).append(np.asarray(sample))
+    return {name: np.concatenate(found[name]) for name in names}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(program, inputs, params, constants):
+    seen = {}
+
+    def on_input(number, x):
+        site = program.ops[number].site
+        if site >= 0 and site not in seen:
+            flat = x.reshape(-1).astype(jnp.float32)
+            strided = flat[np.arange(SAMPLES_PER_BATCH) * flat.size // SAMPLES_PER_BATCH]  # one length: one compilation of `fit`
+            seen[site] = jnp.concatenate([strided, flat.min()[None], flat.max()[None]])
+        return x
+
+    run(program, inputs, params, constants, on_input=on_input, on_op=fast_op)
+    return seen
+
+
+def fisher(problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16) -> list[dict[int, np.ndarray]]:
+    """The diagonal Fisher of every block's outputs, one per example: squared gradients, normalised to mean 1.
+
+    Labels are drawn from the float model's own prediction, so that the expectation of the squared gradient is the
+    Fisher information (not its empirical stand-in). A zero probe is added to every block output and differentiated:
+    one backward pass serves all blocks. Gradients are taken per example, vmapped.
+
+    Source: BRECQ, eq. 10 (https://arxiv.org/abs/2102.05426); for why labels are drawn: Kunstner et al. 2019
+    (https://arxiv.org/abs/1905.12558), eq. 3 against eq. 5.
+
+    Returns: for each block, {position of the output: array of shape (examples, *output)}.
+    """
+    graph = problem.graph(1)
+    single = problem.units(1)
+    if [b.name for b in single] != [b.name for b in blocks]:
+        raise ValueError("The program has other blocks at batch size 1; pass blocks= as name patterns.")
+    gradients = _gradients(graph, single, problem.loss)
+    leaves = jax.tree.leaves(problem.params)
+    inputs = [np.asarray(a) for a in jax.tree.leaves(problem.inputs)]
+    keys = jax.random.split(key, problem.count)
+    found: list[dict[int, np.ndarray]] = [{} for _ in blocks]
+    chunk = min(chunk, problem.count)
+    for start in range(0, problem.count, chunk):
+        rows = np.minimum(np.arange(start, start + chunk), problem.count - 1)
+        stop = min(start + chunk, problem.count)
+        grads = gradients(leaves, [a[rows][:, None] for a in inputs], keys[rows])
+        for (n, position), grad in grads.items():
+            shape = (problem.count, *grad.shape[2:])
+            target = found[n].setdefault(position, None)
+            if target is None:
+                target = found[n][position] = memory.empty(shape, np.float32)
+            target[start:stop] = np.square(np.asarray(grad[: stop - start, 0], np.float32))
+        problem.show(stop, problem.count, "Fisher weights")
+    for block in found:
+        for value in block.values():
+            mean = float(value.mean(dtype=np.float64))
+            if mean > 0 and math.isfinite(mean):
+                value /= mean
+            else:
+                value[...] = 1
+    return found
+
+
+def _gradients(graph: Graph, blocks: Sequence[Block], loss):
+    probed = [(n, p) for n, block in enumerate(blocks) for p in learned_outputs(graph, block)]
+    types = {(n, p): graph.flat.types[blocks[n].outs[p]] for n, p in probed}
+    ids = graph.flat.inputs[graph.num_leaves :]
+
+    def scalar(probes, leaves, inputs, key):
+        env = dict(zip(ids, inputs, strict=True))
+        for n, block in enumerate(blocks):
+            outs = run(
+                block.program, [env[i] for i in block.ins], param_values(graph, block, leaves), block.constants, on_op=fast_op
+            )
+            env.update((i, o + probes[n, p] if (n, p) in probes else o) for p, (i, o) in enumerate(zip(block.outs, outs, strict=True)))
+        outputs = jax.tree.unflatten(graph.out_tree, [env.get(i) for i in graph.flat.outputs])
+        return (loss or own_prediction)(outputs, key)
+
+    def one(leaves, inputs, key):
+        probes = {at: jnp.zeros(t.shape, t.dtype) for at, t in types.items()}
+        return jax.grad(scalar)(probes, leaves, inputs, key)
+
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+
+
+def own_prediction(outputs: Any, key: jax.Array) -> jax.Array:
+    """−log p(y), y drawn from the model's own prediction: the default loss.
+
+    A single output of two or more axes is read as logits on its last axis; anything else (several outputs, one number
+    per example) as the mean of a Gaussian of unit variance, whose gradient is the noise itself.
+    """
+    floats = [o for o in jax.tree.leaves(outputs) if jnp.issubdtype(o.dtype, jnp.floating)]
+    if len(floats) == 1 and floats[0].ndim >= 2 and floats[0].shape[-1] > 1:
+        logits = floats[0].astype(jnp.float32)
+        labels = jax.lax.stop_gradient(jax.random.categorical(key, logits))
+        return -jnp.sum(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1))
+    keys = jax.random.split(key, max(len(floats), 1))
+    return sum((jnp.sum(o * jax.random.normal(k, o.shape, o.dtype)) for k, o in zip(keys, floats, strict=False)), jnp.zeros(()))

@@ -1,0 +1,33 @@
+"""Flax NNX modules as (params, apply_fn)."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def from_nnx(module: Any) -> tuple[Any, Callable]:
+    """`params, apply_fn = from_nnx(module)`: an NNX module, in inference mode, as a function of its state.
+
+        params, apply_fn = brecq_jax.from_nnx(module)
+        quantized = brecq_jax.quantize(params, apply_fn, calib_ds)
+
+    The module itself is not changed. `params` is its whole state (batch statistics too), an `nnx.State`.
+
+    Raises:
+      TypeError: not an NNX module.
+    """
+    from flax import nnx  # noqa: PLC0415 - flax is at the edge: only who has an NNX module needs it
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(
+            f"from_nnx: {type(module).__name__} is not an nnx.Module. For a Linen module pass `variables` and "
+            "`module.apply` to quantize; for a function, its params and itself."
+        )
+    graphdef, state = nnx.split(nnx.clone(module))
+    evaluating = nnx.merge(graphdef, state)
+    evaluating.eval()
+    graphdef, params = nnx.split(evaluating)
+
+    def apply_fn(params: Any, *inputs: Any) -> Any:
+        return nnx.merge(graphdef, params)(*inputs)
+
+    return params, apply_fn

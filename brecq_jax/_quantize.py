@@ -1,0 +1,137 @@
+"""The story: a model and a few hundred inputs go in, a quantized model comes out."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from brecq_jax import data, solvers
+from brecq_jax._blocks import partition
+from brecq_jax._graph import Graph, leaf_names
+from brecq_jax._model import Problem, Program, Quantized
+from brecq_jax._plan import Plan, Rules, describe, make_plan
+from brecq_jax._progress import bar
+from brecq_jax._qarray import QArray
+from brecq_jax.formats import Uniform
+from brecq_jax.report import ActivationRecord, BlockRecord, Report, TensorRecord
+from brecq_jax.solvers import Info, Solver
+
+
+def quantize(
+    params: Any,
+    apply_fn: Callable[[Any, Any], Any],
+    calib_ds: Any,
+    *,
+    weights: Rules = Uniform(4),
+    activations: Rules = Uniform(8),
+    preset: str | None = None,
+    solver: Solver | None = None,
+    blocks: str | Sequence[str] = "block",
+    inputs: Any = None,
+    loss: Callable | None = None,
+    memory_budget_gb: float | None = None,
+    key: jax.Array | None = None,
+    progress: bool = True,
+) -> Quantized:
+    """Quantize a model after training.
+
+        quantized = brecq_jax.quantize(variables, model.apply, images)
+        logits = quantized(images)
+
+    Args:
+      params: the float parameters, any pytree (Linen variables, `from_nnx`'s state, a plain dict).
+      apply_fn: `apply_fn(params, inputs)` in inference mode, any JAX function.
+      calib_ds: a few hundred unlabelled inputs: an array, a list of batches, a function that returns an iterator of
+        them, a generator, a tf.data.Dataset, a tfds data source, a grain loader.
+      weights: a Format for all, None for float, or {name pattern: Format or None}, first match wins.
+      activations: the same for what weighted ops read; None for weights alone.
+      preset: "brecq" or "uniform", see `make_plan`; rules win over it.
+      solver: None: `solvers.brecq` with the steps of `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
+      blocks: "layer", "block", "stage", "net", or a list of name patterns.
+      inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
+        {"image": x} need nothing.
+      loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
+      memory_budget_gb: for the calibration caches; what exceeds it lives on disk.
+      key: a jax.random key; None is jax.random.key(0).
+      progress: print the plan before work starts, and show progress.
+
+    Returns:
+      A `Quantized`: call it, jit it, `save` it. Its `.report` says what was done and what stayed float.
+
+    Raises:
+      ValueError, TypeError: bad params, calibration set, rules or program, before any work.
+    """
+    start = time.perf_counter()
+    key = jax.random.key(0) if key is None else key
+    _check_params(params)
+    examples = data.materialize(calib_ds, inputs=inputs, budget_gb=memory_budget_gb)
+    problem = Problem(apply_fn, params, _NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
+    graph = _read(problem)
+    plan = make_plan(graph, weights, activations, preset)
+    _, notes = partition(graph, blocks)
+    if progress:
+        print(plan, *notes, sep="\n")
+    sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
+    guess = Quantized(params, {}, Program(apply_fn, sites, plan.whole_values))
+    with bar(progress) as show:
+        problem = dataclasses.replace(problem, plan=plan, show=show)
+        guess, _ = solvers.nearest()(problem, guess, key)
+        quantized, info = (solver or DEFAULT_SOLVER)(problem, guess, key)
+    return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
+
+
+# What two CPU cores do in minutes on an ImageNet network. The published schedule is `solvers.brecq()`.
+DEFAULT_SOLVER = solvers.brecq(num_steps=1_000, act_steps=300)
+
+_NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
+
+
+def _check_params(params: Any):
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(f"params: {name} is a {type(leaf).__name__}, not an array. Pass arrays alone.")
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(f"params: {name} {tuple(leaf.shape)} has values that are not finite. Check the checkpoint.")
+
+
+def _read(problem: Problem) -> Graph:
+    """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
+    try:
+        return problem.graph(min(problem.count, 32))
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(problem.inputs))
+        raise type(error)(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}") from error
+
+
+def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, seconds: float) -> Report:
+    tensors = []
+    leaves = jax.tree.leaves(quantized.params, is_leaf=lambda x: isinstance(x, QArray))
+    for name, leaf in zip((n for n, _ in graph.leaves), leaves, strict=True):
+        is_codes = isinstance(leaf, QArray)
+        size = leaf.storage_bits if is_codes else leaf.size * leaf.dtype.itemsize * 8
+        tensors.append(
+            TensorRecord(
+                name=name, shape=tuple(leaf.shape), format=describe(leaf.format) if is_codes else "float",
+                bits=size / max(leaf.size, 1), size_bits=int(size), float_bits=int(leaf.size * 32), note="",
+            )  # fmt: skip
+        )
+    activations = []
+    for name, grid in quantized.activations.items():
+        scale, zero = (float(np.asarray(g).squeeze()) for g in grid)
+        format = plan.activations[name]
+        activations.append(ActivationRecord(name, describe(format), -zero * scale, (2**format.bits - 1 - zero) * scale, zero > 0))
+    records = tuple(
+        BlockRecord(
+            name=r["name"], ops=r["ops"], error_before=r["error_before"], error_after=r["error_after"],
+            kept=r["kept"], steps=r["steps"], wall_seconds=r["wall_seconds"], solver=r["phase"],
+        )  # fmt: skip
+        for r in info
+    )
+    return Report(
+        blocks=records, tensors=tuple(tensors), activations=tuple(activations), skipped=graph.skipped, plan=str(plan),
+        wall_seconds=seconds, compiled_programs=solvers.compiled_programs(), notes=tuple(notes),
+    )  # fmt: skip

@@ -1,0 +1,17 @@
+"""How codes are chosen. A solver is `(problem, guess, key) -> (better guess, info)`; chain them."""
+
+from brecq_jax.solvers._solver import Info, Solver, chain
+from brecq_jax.solvers.nearest import nearest
+from brecq_jax.solvers.reconstruct import (
+    Reconstruction,
+    adaround,
+    brecq,
+    compiled_programs,
+    fisher_error,
+    reconstruct,
+    squared_error,
+)
+
+__all__ = [
+    "Info", "Reconstruction", "Solver", "adaround", "brecq", "chain", "compiled_programs", "fisher_error", "nearest", "reconstruct", "squared_error",
+]  # fmt: skip

@@ -1,0 +1,47 @@
+"""Round every weight to the nearest point of a grid fitted to it: the start of everything else."""
+
+import jax
+import jax.numpy as jnp
+
+from brecq_jax._calibrate import observe
+from brecq_jax._model import Problem, Quantized
+from brecq_jax._qarray import quantize_array
+from brecq_jax.solvers._solver import Info, Solver
+
+BATCH = 32
+
+
+def nearest() -> Solver:
+    """Nearest rounding of weights; activation grids fitted to what the model with rounded weights shows.
+
+    Source: the grids are those of each format's range rule; nothing is learned.
+    """
+
+    def solve(problem: Problem, guess: Quantized, key: jax.Array) -> tuple[Quantized, Info]:
+        return fit_activations(problem, round_weights(problem, guess)), ()
+
+    return solve
+
+
+def round_weights(problem: Problem, guess: Quantized) -> Quantized:
+    """Every planned weight at the nearest point."""
+    graph, leaves = problem.graph(min(BATCH, problem.count)), problem.leaves
+    rounded = {}
+    for name, format in problem.plan.weights.items():
+        weight = graph.weights[name]
+        if format is not None:
+            leaf = leaves[weight.leaf]
+            rounded[name] = quantize_array(leaf[weight.index] if weight.index else leaf, format, weight.channel_axes)
+    return guess.with_weights(rounded, graph)
+
+
+def fit_activations(problem: Problem, guess: Quantized) -> Quantized:
+    """Every planned activation's grid, fitted to the values seen with the guess's weights."""
+    formats = {name: f for name, f in problem.plan.activations.items() if f is not None}
+    if not formats:
+        return guess
+    samples = observe(problem, jax.tree.leaves(guess.dequantized()), BATCH, tuple(formats))
+    for name, sample in samples.items():
+        if not jnp.isfinite(sample).all():
+            raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")
+    return guess.with_activations({n: formats[n].fit(jnp.asarray(samples[n])[None]) for n in formats})
