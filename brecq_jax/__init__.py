@@ -1,0 +1,20 @@
+"""Post-training quantization for JAX: any model, a few hundred inputs, 8 to 2 bits.
+
+    quantized = brecq_jax.quantize(params, apply_fn, calib_ds)
+    logits = quantized(images)
+"""
+
+from brecq_jax import formats, models, report, solvers
+from brecq_jax._experiment import Experiment
+from brecq_jax._graph import Graph, trace
+from brecq_jax._model import Quantized
+from brecq_jax._nnx import from_nnx
+from brecq_jax._plan import Plan, make_plan
+from brecq_jax._qarray import QArray
+from brecq_jax._quantize import quantize
+from brecq_jax.deploy import restore, save
+
+__all__ = [
+    "Experiment", "Graph", "Plan", "QArray", "Quantized",
+    "formats", "from_nnx", "make_plan", "models", "quantize", "report", "restore", "save", "solvers", "trace",
+]  # fmt: skip

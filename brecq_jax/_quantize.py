@@ -116,7 +116,7 @@ def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, s
         tensors.append(
             TensorRecord(
                 name=name, shape=tuple(leaf.shape), format=describe(leaf.format) if is_codes else "float",
-                bits=size / max(leaf.size, 1), size_bits=int(size), float_bits=int(leaf.size * 32), note="",
+                bits=size / max(leaf.size, 1), size_bits=int(size), float_bits=int(leaf.size * 32),
             )  # fmt: skip
         )
     activations = []

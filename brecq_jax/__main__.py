@@ -1,0 +1,64 @@
+"""python -m brecq_jax --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]"""
+
+import argparse
+import dataclasses
+import pathlib
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+from brecq_jax._experiment import execute
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run one config. Prints the result and returns it."""
+    parser = argparse.ArgumentParser(prog="python -m brecq_jax", description=__doc__)
+    parser.add_argument("--config", required=True, help="a file that defines a dataclass `Config` with `build()`")
+    parser.add_argument("--workdir", required=True, help="a new folder for model/, result.json and report.html")
+    parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_config(known.config, overrides)
+        settings = {"config": known.config, **dataclasses.asdict(config)}
+        result = execute(config.build(), known.workdir, settings, progress=not known.quiet)
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        parser.exit(2, f"{type(error).__name__}: {error}\n")
+    print(*(f"{name}: {value:.4g}" for name, value in result["figures"].items()), sep="\n")
+    print(f"size: {result['size_mb']:.3f} MB, in float {result['float_mb']:.3f} MB")
+    print(f"quantized in {result['quantize_seconds']:.0f} s; written to {known.workdir}")
+    return result
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
+    """The `Config` of a file, with `--config.KEY=VALUE` applied; values are read as the field's type."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"--config: there is no file {path}.")
+    kind = runpy.run_path(path, run_name=f"config:{pathlib.Path(path).stem}").get("Config")
+    if not dataclasses.is_dataclass(kind):
+        raise ValueError(f"--config: {path} defines no dataclass `Config`.")
+    types = {f.name: f.type if isinstance(f.type, type) else get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
+    values = {}
+    for override in overrides:
+        name, sign, text = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not sign:
+            raise ValueError(f"{override}: not understood. Overrides are --config.KEY=VALUE.")
+        if name not in types:
+            raise ValueError(f"--config.{name}: {path} has no such key. It has {', '.join(types)}.")
+        values[name] = _parse(name, text, types[name])
+    return kind(**values)
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() in ("true", "1", "false", "0"):
+            return text.lower() in ("true", "1")
+        raise ValueError(f"--config.{name}={text}: write true or false.")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--config.{name}={text}: write a value of type {kind.__name__}.") from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

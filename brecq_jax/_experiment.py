@@ -1,0 +1,69 @@
+"""What a config builds: a model, its data, and how to quantize it; and how the command line runs it."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from brecq_jax import report
+from brecq_jax._plan import Rules
+from brecq_jax._quantize import quantize
+from brecq_jax.deploy import save
+from brecq_jax.formats import Uniform
+from brecq_jax.solvers import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One run. `evaluate(float_apply, quantized_apply)` gives figures by name; both take inputs and return outputs."""
+
+    params: Any
+    apply_fn: Callable
+    calib_ds: Any
+    evaluate: Callable[[Callable, Callable], dict[str, float]]
+    weights: Rules = Uniform(4)
+    activations: Rules = Uniform(8)
+    preset: str | None = None
+    solver: Solver | None = None
+    blocks: str | Sequence[str] = "block"
+    memory_budget_gb: float | None = None
+    seed: int = 0
+
+
+def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True) -> dict[str, Any]:
+    """Quantize, evaluate and save. Writes model/, result.json and report.html into a new or empty folder.
+
+    Raises:
+      FileExistsError: the folder holds a result already.
+    """
+    workdir = pathlib.Path(workdir)
+    for name in ("model", "result.json"):
+        if (workdir / name).exists():
+            raise FileExistsError(f"workdir: {workdir / name} exists. Give a new --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    quantized = quantize(
+        experiment.params, experiment.apply_fn, experiment.calib_ds,
+        weights=experiment.weights, activations=experiment.activations, preset=experiment.preset,
+        solver=experiment.solver, blocks=experiment.blocks, memory_budget_gb=experiment.memory_budget_gb,
+        key=jax.random.key(experiment.seed), progress=progress,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
+    save(workdir / "model", quantized)
+    report.write_html(quantized.report, workdir / "report.html")
+    result = {
+        "settings": settings,
+        "figures": figures,
+        "quantize_seconds": round(seconds, 2),
+        "size_mb": quantized.report.size_bits / 8e6,
+        "float_mb": quantized.report.float_bits / 8e6,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    (workdir / "result.json").write_text(json.dumps(result, indent=1))
+    return result

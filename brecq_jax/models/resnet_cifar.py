@@ -1,0 +1,75 @@
+"""The CIFAR ResNets, with parameter-free (option A) shortcuts.
+
+Source: He et al. 2016, section 4.2, https://arxiv.org/abs/1512.03385; weights: akamaster/pytorch_resnet_cifar10.
+"""
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from brecq_jax.models._layout import from_torch
+from brecq_jax.models._torch_files import read_torch
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def normalize(pixels: jax.Array) -> jax.Array:
+    """uint8 pixels to what the network takes: ImageNet's mean and deviation."""
+    return (jnp.asarray(pixels, jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+
+
+def _conv(features: int, stride: int, name: str) -> nn.Conv:
+    return nn.Conv(features, (3, 3), (stride, stride), padding=1, use_bias=False, name=name)
+
+
+def _norm(name: str) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions and a shortcut that subsamples and pads channels."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = jax.nn.relu(_norm("bn1")(_conv(self.features, self.stride, "conv1")(x)))
+        y = _norm("bn2")(_conv(self.features, 1, "conv2")(y))
+        if self.stride > 1:
+            pad = (self.features - x.shape[-1]) // 2
+            x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
+        return jax.nn.relu(x + y)
+
+
+class ResNetCifar(nn.Module):
+    """Images (batch, 32, 32, 3), normalised, to logits. depth = 6n + 2: 20, 32, 44, 56."""
+
+    depth: int = 20
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x):
+        x = jax.nn.relu(_norm("bn1")(_conv(16, 1, "conv1")(x)))
+        for stage, features in enumerate((16, 32, 64), 1):
+            for i in range((self.depth - 2) // 6):
+                x = BasicBlock(features, 2 if stage > 1 and i == 0 else 1, name=f"layer{stage}_{i}")(x)
+        return nn.Dense(self.classes, name="linear")(x.mean((1, 2)))
+
+
+def load_resnet_cifar(path: str | pathlib.Path, depth: int = 20) -> tuple[ResNetCifar, Any]:
+    """The network with the weights of a checkpoint: (model, variables).
+
+    Raises:
+      ValueError: a damaged checkpoint, or one of another model.
+    """
+    model = ResNetCifar(depth)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+
+    def torch_name(name: str) -> str:
+        return name.replace("_", ".").replace("/", ".")
+
+    return model, from_torch(read_torch(path), abstract, torch_name)
