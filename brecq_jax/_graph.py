@@ -77,7 +77,7 @@ def trace(apply_fn: Callable, params: Any, batch: Any) -> Graph:
       ValueError: no weighted op derives from `params`, the parameters are closed over instead of passed, or
         `apply_fn` returns updated parameters (train mode).
     """
-    abstract = jax.tree.map(_type_of, (params, batch))
+    abstract = jax.eval_shape(lambda *trees: trees, params, batch)
     flat, out_shape = _jaxpr.flatten(apply_fn, *abstract)
     paths, params_tree = jax.tree.flatten_with_path(abstract[0])
     leaves = tuple((name, tuple(leaf.shape)) for name, (_, leaf) in zip(leaf_names(params), paths, strict=True))
@@ -294,10 +294,6 @@ class _Reader:
         for what in self.captured:
             self.skipped[what] = "it is captured by the function, not one of its parameters"
         return tuple((n, why) for n, why in self.skipped.items() if n not in self.weights)
-
-
-def _type_of(x) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(jax.numpy.result_type(x)))
 
 
 def _refuse_train_mode(params, out_shape):

@@ -213,8 +213,8 @@ class _Types:
 
     @classmethod
     def of(cls, tree) -> "_Types":
-        leaves, structure = jax.tree.flatten(tree)
-        return cls(tuple((jnp.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))) for x in leaves), structure)
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda t: t, tree))
+        return cls(tuple((x.shape, x.dtype) for x in leaves), structure)
 
     def abstract(self):
         return jax.tree.unflatten(self.tree, [jax.ShapeDtypeStruct(s, d) for s, d in self.leaves])

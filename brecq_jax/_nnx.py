@@ -10,7 +10,8 @@ def from_nnx(module: Any) -> tuple[Any, Callable]:
         params, apply_fn = brecq_jax.from_nnx(module)
         quantized = brecq_jax.quantize(params, apply_fn, calib_ds)
 
-    The module itself is not changed. `params` is its whole state (batch statistics too), an `nnx.State`.
+    The module itself is not changed. `params` is its state (batch statistics too, random keys not), an
+    `nnx.State`.
 
     Raises:
       TypeError: not an NNX module.
@@ -22,12 +23,11 @@ def from_nnx(module: Any) -> tuple[Any, Callable]:
             f"from_nnx: {type(module).__name__} is not an nnx.Module. For a Linen module pass `variables` and "
             "`module.apply` to quantize; for a function, its params and itself."
         )
-    graphdef, state = nnx.split(nnx.clone(module))
-    evaluating = nnx.merge(graphdef, state)
+    evaluating = nnx.clone(module)
     evaluating.eval()
-    graphdef, params = nnx.split(evaluating)
+    graphdef, random, params = nnx.split(evaluating, nnx.RngState, ...)
 
     def apply_fn(params: Any, *inputs: Any) -> Any:
-        return nnx.merge(graphdef, params)(*inputs)
+        return nnx.merge(graphdef, random, params)(*inputs)
 
     return params, apply_fn

@@ -261,7 +261,7 @@ def test_nnx_scan_is_unrolled():
 
 
 def test_from_nnx_refuses_what_is_no_nnx_module():
-    with pytest.raises(TypeError, match="model.apply"):
+    with pytest.raises(TypeError, match="module.apply"):
         brecq_jax.from_nnx(Net())
 
 
