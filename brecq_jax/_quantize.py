@@ -50,7 +50,7 @@ def quantize(
       weights: a Format for all, None for float, or {name pattern: Format or None}, first match wins.
       activations: the same for what weighted ops read; None for weights alone.
       preset: "brecq" or "uniform", see `make_plan`; rules win over it.
-      solver: None: `solvers.brecq` with the steps of `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
+      solver: None: `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
       blocks: "layer", "block", "stage", "net", or a list of name patterns.
       inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
         {"image": x} need nothing.
@@ -84,8 +84,11 @@ def quantize(
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
 
 
-# What two CPU cores do in minutes on an ImageNet network. The published schedule is `solvers.brecq()`.
-DEFAULT_SOLVER = solvers.brecq(num_steps=1_000, act_steps=300)
+# What two CPU cores do in minutes on an ImageNet network; docs/results.md has the table that chose error and rate.
+# The published schedule is `solvers.brecq()`.
+DEFAULT_SOLVER = solvers.reconstruct(
+    solvers.Reconstruction(error=solvers.squared_error, num_steps=1_000, learning_rate=3e-3, act_steps=300)
+)
 
 _NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
@@ -102,9 +105,9 @@ def _read(problem: Problem) -> Graph:
     """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
     try:
         return problem.graph(min(problem.count, 32))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # apply_fn is the user's, and may raise anything
         shapes = ", ".join(f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(problem.inputs))
-        raise type(error)(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}") from error
+        raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}") from error
 
 
 def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, seconds: float) -> Report:

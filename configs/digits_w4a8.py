@@ -1,0 +1,41 @@
+r"""Digits, 4-bit weights, 8-bit activations: what tests and notebooks use, in seconds.
+
+    python -m brecq_jax --config=configs/digits_w4a8.py --workdir=runs/digits
+"""
+
+import dataclasses
+
+import numpy as np
+
+from brecq_jax import Experiment, models, solvers
+from brecq_jax.formats import Uniform
+
+
+@dataclasses.dataclass
+class Config:
+    weight_bits: int = 4
+    act_bits: int = 8
+    num_steps: int = 300
+    act_steps: int = 100
+    seed: int = 0
+
+    def build(self) -> Experiment:
+        digits = models.train_digits(self.seed)
+
+        def evaluate(float_apply, quantized_apply):
+            def top1(apply):
+                return 100 * float(np.mean(np.asarray(apply(digits.test_images)).argmax(-1) == digits.test_labels))
+
+            return {"float_top1": top1(float_apply), "quantized_top1": top1(quantized_apply)}
+
+        return Experiment(
+            digits.variables,
+            digits.model.apply,
+            digits.train_images[:256],
+            evaluate,
+            weights=Uniform(self.weight_bits),
+            activations=Uniform(self.act_bits) if self.act_bits else None,
+            preset="brecq",
+            solver=solvers.brecq(num_steps=self.num_steps, act_steps=self.act_steps),
+            seed=self.seed,
+        )

@@ -1,0 +1,72 @@
+r"""EfficientNet-Lite0 with ImageNet weights, 4-bit weights, 8-bit activations: the main job on the embedded default.
+
+    python -m brecq_jax --config=configs/efficientnet_lite0.py --workdir=runs/lite0
+
+Calibrates on random crops of photographs that scikit-image and scikit-learn ship, and reports how often the quantized
+model's first class is the float model's, on crops of photographs it was not calibrated on. `--config.data=FOLDER`
+takes a folder of your own images: half calibrates (every other file), half scores, with labels where folder or file
+names give them. docs/results.md holds the measured figures.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from brecq_jax import Experiment, data, models, solvers
+from brecq_jax.formats import Uniform
+from brecq_jax.models.efficientnet_lite import CROP, SIZE, normalize
+
+
+@dataclasses.dataclass
+class Config:
+    weight_bits: int = 4
+    act_bits: int = 8  # 0: float
+    data: str = ""
+    calibration: int = 128
+    evaluation: int = 500
+    method: str = "squared"  # nearest, adaround, brecq or squared (blocks, plain squared error)
+    num_steps: int = 100
+    act_steps: int = 20
+    learning_rate: float = 1e-2
+    batch_size: int = 16
+    preset: str = "brecq"
+    seed: int = 0
+
+    def build(self) -> Experiment:
+        model, variables = models.load_efficientnet_lite0()
+        if self.data:
+            pixels, labels = data.folder(self.data, SIZE, CROP)
+            calibration, evaluation = pixels[::2][: self.calibration], pixels[1::2][: self.evaluation]
+            labels = None if labels is None else labels[1::2][: self.evaluation]
+        else:
+            calibration = data.photographs(SIZE, self.calibration, self.seed, "calibration")
+            evaluation, labels = data.photographs(SIZE, min(self.evaluation, 100), self.seed, "evaluation"), None
+        if self.method not in ("nearest", "adaround", "brecq", "squared"):
+            raise ValueError(f"--config.method={self.method}: write nearest, adaround, brecq or squared.")
+        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+        solver = {
+            "nearest": solvers.nearest(),
+            "adaround": solvers.adaround(**settings),
+            "brecq": solvers.brecq(**settings),
+            "squared": solvers.reconstruct(solvers.Reconstruction(error=solvers.squared_error, **settings)),
+        }[self.method]
+
+        def evaluate(float_apply, quantized_apply):
+            batches = [normalize(evaluation[i : i + 50]) for i in range(0, len(evaluation), 50)]
+            ours, theirs = (np.concatenate([np.asarray(f(b)).argmax(-1) for b in batches]) for f in (quantized_apply, float_apply))
+            figures = {"agreement_with_float": 100 * float(np.mean(ours == theirs))}
+            if labels is not None:
+                figures |= {"float_top1": 100 * float(np.mean(theirs == labels)), "quantized_top1": 100 * float(np.mean(ours == labels))}
+            return figures
+
+        return Experiment(
+            variables,
+            model.apply,
+            np.asarray(normalize(calibration)),
+            evaluate,
+            weights=Uniform(self.weight_bits),
+            activations=Uniform(self.act_bits) if self.act_bits else None,
+            preset=self.preset or None,
+            solver=solver,
+            seed=self.seed,
+        )
