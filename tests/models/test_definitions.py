@@ -41,8 +41,8 @@ def test_the_number_of_parameters_is_the_published_one(model, count, path):
     ids=["resnet", "mobilenet_v2", "vit"],
 )
 def test_images_become_finite_logits(model):
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    logits = model.apply(variables, jax.random.normal(jax.random.key(1), (2, 32, 32, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    logits = jax.jit(model.apply)(variables, jax.random.normal(jax.random.key(1), (2, 32, 32, 3)))
     assert logits.shape == (2, 5)
     assert np.all(np.isfinite(logits))
 
@@ -51,7 +51,7 @@ def test_a_masked_token_reaches_no_other():
     model = Bert()
     ids, other = jnp.array([[1, 2, 3, 4]]), jnp.array([[1, 2, 3, 9]])
     mask = jnp.array([[1, 1, 1, 0]])
-    variables = model.init(jax.random.key(0), ids)
+    variables = jax.jit(model.init)(jax.random.key(0), ids)
     np.testing.assert_allclose(model.apply(variables, ids, mask)[:, :3], model.apply(variables, other, mask)[:, :3], atol=1e-6)
     assert not np.allclose(model.apply(variables, ids)[:, :3], model.apply(variables, other)[:, :3], atol=1e-3)
     assert {"word/embedding", "blocks_1/attn/value/kernel", "blocks_0/fc1/kernel"} <= paths(variables["params"])

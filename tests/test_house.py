@@ -1,0 +1,138 @@
+"""What we say of the whole repository, kept."""
+
+import ast
+import pathlib
+import re
+
+import jax
+import nbclient
+import nbformat
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax.__main__ import load_config, main
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "brecq_jax"
+FLOORS = [
+    {"_jaxpr", "formats", "data", "report", "models", "_progress", "_nnx"},
+    {"_graph", "_qarray"},
+    {"_interpret"},
+    {"_blocks", "_plan", "_fast_ops"},
+    {"_model"},
+    {"_calibrate"},
+    {"solvers", "passes"},
+    {"mixed_precision", "deploy"},
+    {"_quantize"},
+    {"_experiment"},
+    {"__init__", "__main__"},
+]
+# `models`, `report`, `data`, `formats` and the cellar import nothing of ours outside themselves.
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: pathlib.Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def rooms_imported(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("brecq_jax"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    floor = next(n for n, rooms in enumerate(FLOORS) if room(path) in rooms)
+    allowed = set().union(*FLOORS[:floor]) | {room(path)}
+    assert rooms_imported(path) <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable_and_jax_insides_stay_in_the_cellar(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert "jax._src" not in text
+    assert "import tensorflow\n" not in text
+    assert path.name == "_jaxpr.py" or not re.search(r"^\s*(from|import) jax\.extend", text, re.M)
+
+
+def test_the_front_door_is_what_the_readme_lists():
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in brecq_jax.__all__)
+    assert all(getattr(brecq_jax, name).__doc__ for name in brecq_jax.__all__)
+
+
+def test_the_readme_runs_as_pasted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+SMALL = {
+    "digits_w4a8": ["--config.num_steps=5", "--config.act_steps=3"],
+    "efficientnet_lite0": ["--config.calibration=4", "--config.evaluation=4", "--config.num_steps=1", "--config.act_steps=1", "--config.batch_size=2"],
+    "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
+}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
+    overrides = list(SMALL[path.stem])
+    if path.stem == "resnet20_cifar10":
+        overrides += made_up_cifar(tmp_path, monkeypatch)
+    result = main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--quiet", *overrides])
+    assert result["figures"]
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html"}
+
+
+def made_up_cifar(folder, monkeypatch) -> list[str]:
+    """Random images and weights in the real files' layout."""
+    import io
+
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    files = []
+    for _ in range(16):
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    offset = np.cumsum([0, *map(len, files)])
+    for name in ("train", "test"):
+        np.savez(folder / f"{name}.npz", jpeg=np.frombuffer(b"".join(files), np.uint8), offset=offset, label=np.arange(16) % 10)
+    model = brecq_jax.models.ResNetCifar()
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    monkeypatch.setattr(brecq_jax.models, "load_resnet_cifar", lambda path: (model, variables))
+    return ["--config.weights=made-up", f"--config.data={folder}"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "colabs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_every_notebook_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--config.bits=3"], "no such key"),
+        (["--config.weight_bits=three"], "of type int"),
+        (["--weight_bits=3"], "Overrides are"),
+    ],
+)
+def test_bad_overrides_are_refused(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(str(ROOT / "configs/digits_w4a8.py"), overrides)
+
+
+def test_a_workdir_with_a_result_is_refused(tmp_path, capsys):
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main([f"--config={ROOT / 'configs/digits_w4a8.py'}", f"--workdir={tmp_path}", "--quiet"])
+    assert "exists" in capsys.readouterr().err
