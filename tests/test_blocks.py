@@ -1,0 +1,104 @@
+"""Networks partition as their papers draw them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import brecq_jax
+from brecq_jax._blocks import MOST_OPS, partition
+from brecq_jax.models.bert import Bert
+from brecq_jax.models.efficientnet_lite import EfficientNetLite
+from brecq_jax.models.mobilenet_v2 import MobileNetV2
+from brecq_jax.models.resnet import resnet18, resnet50
+from brecq_jax.models.resnet_cifar import ResNetCifar
+from brecq_jax.models.vit import ViT
+
+
+def cut(model, *shape, blocks="block", dtype=jnp.float32):
+    batch = jax.ShapeDtypeStruct((2, *shape), dtype)
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    return partition(brecq_jax.trace(model.apply, variables, batch), blocks)
+
+
+def sizes(blocks):
+    return [len(b.ops) for b in blocks[0]]
+
+
+def test_resnets_are_cut_into_residual_blocks():
+    # Stem, then basic blocks of two convolutions (three with a projection), then the classifier.
+    assert sizes(cut(resnet18(), 64, 64, 3)) == [1, 2, 2, 3, 2, 3, 2, 3, 2, 1]
+    # Bottlenecks of three, the first of each stage with a projection: 3, 4, 6, 3 of them.
+    expected = [4, 3, 3, 4, 3, 3, 3, 4, 3, 3, 3, 3, 3, 4, 3, 3]
+    assert sizes(cut(resnet50(), 64, 64, 3)) == [1, *expected, 1]
+    assert sizes(cut(ResNetCifar(20), 32, 32, 3)) == [1, *[2] * 9, 1]
+
+
+def test_resnet18_has_four_stages():
+    assert sizes(cut(resnet18(), 64, 64, 3, blocks="stage")) == [1, 4, 5, 5, 5, 1]
+
+
+def test_mobilenet_v2_is_cut_into_inverted_residuals():
+    # 17 of them, the first without expansion; strided ones have no shortcut and are joined by their module.
+    assert sizes(cut(MobileNetV2(), 64, 64, 3)) == [1, 2, *[3] * 16, 1, 1]
+
+
+def test_efficientnet_lite_is_cut_into_inverted_residuals():
+    assert sizes(cut(EfficientNetLite(), 64, 64, 3)) == [1, 2, *[3] * 15, 1, 1]
+
+
+def test_vit_is_cut_into_attention_and_mlp_halves():
+    assert sizes(cut(ViT(depth=2), 32, 32, 3)) == [1, 4, 2, 4, 2, 1]
+
+
+def test_bert_is_cut_into_attention_and_mlp_halves():
+    blocks = sizes(cut(Bert(), 16, dtype=jnp.int32))
+    assert blocks[-4:] == [4, 2, 4, 2]
+
+
+class Pyramid(nn.Module):
+    """Like FPN: four levels, top-down sums, a shared head on each."""
+
+    @nn.compact
+    def __call__(self, x):
+        levels = []
+        for i in range(4):
+            x = nn.relu(nn.Conv(8, (3, 3), (2, 2), name=f"down{i}")(x))
+            x = nn.relu(x + nn.Conv(8, (3, 3), name=f"res{i}")(x))
+            levels.append(nn.Conv(8, (1, 1), name=f"lateral{i}")(x))
+        for i in reversed(range(3)):
+            levels[i] = levels[i] + jnp.repeat(jnp.repeat(levels[i + 1], 2, 1), 2, 2)
+        head = [nn.Conv(8, (3, 3), name="head1"), nn.Conv(4, (1, 1), name="head2")]
+        return {f"p{i}": head[1](nn.relu(head[0](level))) for i, level in enumerate(levels)}
+
+
+def test_a_net_that_never_comes_down_to_one_value_is_cut_at_few_and_says_so():
+    blocks, notes = cut(Pyramid(), 32, 32, 3)
+    assert max(len(b.ops) for b in blocks) <= MOST_OPS
+    assert len(blocks) > 2
+    assert any("are live" in note for note in notes)
+    assert [op.name for b in blocks for op in b.ops].count("head1/kernel") == 1
+    assert sum(len(b.ops) for b in blocks) == 20
+
+
+def test_plain_chains_are_cut_by_threes():
+    def f(params, x):
+        for name in sorted(params):
+            x = jax.nn.relu(x @ params[name])
+        return x
+
+    params = {f"w{i}": jnp.ones((4, 4)) for i in range(7)}
+    graph = brecq_jax.trace(f, params, jnp.ones((2, 4)))
+    assert sizes(partition(graph)) == [3, 3, 1]
+
+
+@pytest.mark.parametrize("blocks", ["layer", "block", "stage", "net", [r"layer(\d)_.*"]])
+def test_blocks_cover_every_op_once_in_order(blocks):
+    found, _ = cut(resnet18(), 64, 64, 3, blocks=blocks)
+    names = [op.name for b in found for op in b.ops]
+    assert len(names) == len(set(names)) == 21
+    assert len({b.name for b in found}) == len(found)
+
+
+def test_users_patterns_group_blocks():
+    assert sizes(cut(resnet18(), 64, 64, 3, blocks=[r"layer(\d)_.*"])) == [1, 4, 5, 5, 5, 1]
