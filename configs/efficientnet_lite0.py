@@ -22,11 +22,11 @@ class Config:
     weight_bits: int = 4
     act_bits: int = 8  # 0: float
     data: str = ""
-    calibration: int = 128
+    calibration: int = 64
     evaluation: int = 500
     method: str = "squared"  # nearest, adaround, brecq or squared (blocks, plain squared error)
-    num_steps: int = 100
-    act_steps: int = 20
+    num_steps: int = 80
+    act_steps: int = 10
     learning_rate: float = 1e-2
     batch_size: int = 16
     preset: str = "brecq"
