@@ -68,6 +68,7 @@ def quantize(
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
     _check_params(params)
+    params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs=inputs, budget_gb=memory_budget_gb)
     problem = Problem(apply_fn, params, _NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
     graph = _read(problem)
