@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from brecq_jax._blocks import partition
+from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph, Weight, trace
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._plan import Plan
@@ -182,7 +183,8 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
     values = dict(zip(graph.flat.inputs[graph.num_leaves :], jax.tree.leaves(inputs), strict=True))
     hooks = quantize_hooks(block, dict(program.sites), activations, program.whole_values)
     leaves = jax.tree.leaves(params)
-    outputs = run(block.program, [values[i] for i in block.ins], param_values(graph, block, leaves), block.constants, **hooks)
+    operands = [values[i] for i in block.ins], param_values(graph, block, leaves), block.constants
+    outputs = run(block.program, *operands, on_op=fast_op, **hooks)
     return jax.tree.unflatten(graph.out_tree, outputs)
 
 

@@ -55,7 +55,8 @@ def quantize(
       inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
         {"image": x} need nothing.
       loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
-      memory_budget_gb: for the calibration caches; what exceeds it lives on disk.
+      memory_budget_gb: a calibration set that holds more is refused (None: 8); the caches of blocks' inputs and targets
+        beyond it live on disk (None: all in memory).
       key: a jax.random key; None is jax.random.key(0).
       progress: print the plan before work starts, and show progress.
 
@@ -63,13 +64,13 @@ def quantize(
       A `Quantized`: call it, jit it, `save` it. Its `.report` says what was done and what stayed float.
 
     Raises:
-      ValueError, TypeError: bad params, calibration set, rules or program, before any work.
+      ValueError, TypeError: bad params, calibration set (fewer than 8 examples, too), rules or program, before any work.
     """
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
     _check_params(params)
     params = jax.tree.map(jnp.asarray, params)
-    examples = data.materialize(calib_ds, inputs=inputs, budget_gb=memory_budget_gb)
+    examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
     problem = Problem(apply_fn, params, _NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
     graph = _read(problem)
     plan = make_plan(graph, weights, activations, preset)
@@ -91,6 +92,7 @@ DEFAULT_SOLVER = solvers.reconstruct(
     solvers.Reconstruction(error=solvers.squared_error, num_steps=1_000, learning_rate=3e-3, act_steps=300)
 )
 
+MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 _NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
 

@@ -41,15 +41,8 @@ class Config:
         else:
             calibration = data.photographs(SIZE, self.calibration, self.seed, "calibration")
             evaluation, labels = data.photographs(SIZE, min(self.evaluation, 100), self.seed, "evaluation"), None
-        if self.method not in ("nearest", "adaround", "brecq", "squared"):
-            raise ValueError(f"--config.method={self.method}: write nearest, adaround, brecq or squared.")
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
-        solver = {
-            "nearest": solvers.nearest(),
-            "adaround": solvers.adaround(**settings),
-            "brecq": solvers.brecq(**settings),
-            "squared": solvers.reconstruct(solvers.Reconstruction(error=solvers.squared_error, **settings)),
-        }[self.method]
+        solver = solvers.by_name(self.method, **settings)
 
         def evaluate(float_apply, quantized_apply):
             batches = [normalize(evaluation[i : i + 50]) for i in range(0, len(evaluation), 50)]

@@ -37,18 +37,11 @@ class Config:
     def build(self) -> Experiment:
         if not self.weights or not self.data:
             raise ValueError("Give --config.weights=resnet20-12fca82f.th and --config.data=FOLDER with train.npz and test.npz.")
-        if self.method not in ("nearest", "adaround", "brecq", "squared"):
-            raise ValueError(f"--config.method={self.method}: write nearest, adaround, brecq or squared.")
         model, variables = models.load_resnet_cifar(self.weights)
         calibration, _ = read_jpegs(pathlib.Path(self.data) / "train.npz", self.calibration)
         images, labels = read_jpegs(pathlib.Path(self.data) / "test.npz", None)
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
-        solver = {
-            "nearest": solvers.nearest(),
-            "adaround": solvers.adaround(**settings),
-            "brecq": solvers.brecq(**settings),
-            "squared": solvers.reconstruct(solvers.Reconstruction(error=solvers.squared_error, **settings)),
-        }[self.method]
+        solver = solvers.by_name(self.method, **settings)
 
         def evaluate(float_apply, quantized_apply):
             def top1(apply):

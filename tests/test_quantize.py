@@ -207,11 +207,13 @@ def test_bad_inputs_are_refused_before_any_work(digits):
     with pytest.raises(ValueError, match="conv1/kernel .* not finite"):
         call(params=broken)
     with pytest.raises(ValueError, match="not finite"):
-        call(images=np.full((4, 8, 8, 1), np.inf, np.float32))
+        call(images=np.full((16, 8, 8, 1), np.inf, np.float32))
     with pytest.raises(ValueError, match="could not be read with calibration inputs of float32"):
-        call(images=np.zeros((4, 8, 8, 2), np.float32))
+        call(images=np.zeros((16, 8, 8, 2), np.float32))
     with pytest.raises(ValueError, match="empty"):
         call(images=[])
+    with pytest.raises(ValueError, match="7 .*8"):
+        call(images=digits.train_images[:7])
 
 
 def test_the_report_lists_everything(w3a8):

@@ -34,8 +34,7 @@ class Examples:
 def materialize(
     calib_ds: Any,
     inputs: str | int | Callable | None = None,
-    max_examples: int | None = None,
-    budget_gb: float | None = None,
+    budget_gb: float = 8.0,
     min_examples: int = 1,
 ) -> Examples:
     """Read a calibration set once, check it, and hold it.
@@ -49,19 +48,15 @@ def materialize(
         (x, y) and (batch, batch) look alike.
       inputs: which part of an element the model takes: a key, an index, or a function of the element. Arrays,
         (x, y) and dicts with "image", "inputs" or "x" need nothing.
-      max_examples: read this many and stop; an endless set needs it.
-      budget_gb: refuse a set that holds more.
+      budget_gb: refuse a set that holds more; an endless one is refused when it has given that much.
       min_examples: refuse a set that holds fewer.
 
     Raises:
       ValueError: too few examples, values that are not finite, batches of different shapes, a set over the budget.
       TypeError: something that holds no batches, or whose input is not clear.
     """
-    for name, value in {"max_examples": max_examples, "min_examples": min_examples}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: write at least 1.")
-    if max_examples is not None and max_examples < min_examples:
-        raise ValueError(f"max_examples={max_examples} is less than min_examples={min_examples}. Allow at least as many as are needed.")
+    if min_examples < 1:
+        raise ValueError(f"min_examples={min_examples}: write at least 1.")
     parts, count, total = [], 0, 0
     source = _source(calib_ds)
     for number, element in enumerate(_elements(source)):
@@ -69,15 +64,11 @@ def materialize(
         _check(part, f"{source.noun} {number}")
         if parts:
             _check_same(part, parts[0], f"{source.noun} {number}", f"{source.noun} 0")
-        if max_examples is not None:
-            part = jax.tree.map(lambda a: a[: max_examples - count], part)  # noqa: B023
         parts.append(part)
         count += len(jax.tree.leaves(part)[0])
         total += sum(a.nbytes for a in jax.tree.leaves(part))
-        if budget_gb is not None and total > budget_gb * GB:
-            raise ValueError(_over_budget(total, count, budget_gb, number + 1, source.length, max_examples))
-        if count == max_examples:
-            break
+        if total > budget_gb * GB:
+            raise ValueError(_over_budget(total, count, budget_gb, number + 1, source.length))
     if not parts:
         raise ValueError("calib_ds is empty. Pass a few hundred inputs. (An iterator that was read before is empty, too.)")
     if count < min_examples:
@@ -221,13 +212,11 @@ def _shapes(part: Any) -> str:
     return ", ".join(f"{a.dtype.name}{list(a.shape[1:])}" for a in jax.tree.leaves(part))
 
 
-def _over_budget(total: int, count: int, budget_gb: float, read: int, length: int | None, max_examples: int | None) -> str:
+def _over_budget(total: int, count: int, budget_gb: float, read: int, length: int | None) -> str:
     examples = f"about {count * length // read}" if length else "more than that many"
     needed = total / read * length if length else total
-    if max_examples is not None and (not length or needed > total / count * max_examples):
-        examples, needed = f"{max_examples}", total / count * max_examples
     fit = math.floor(budget_gb * GB / (total / count))
-    bound = "" if length or max_examples is not None else "at least "
+    bound = "" if length else "at least "
     return (
         f"calib_ds: {count} examples take {total / GB:.3g} GB, over memory_budget_gb={budget_gb}; all of them ({examples}) need "
         f"{bound}{needed / GB:.3g} GB. Pass " + (f"at most {fit} examples" if fit else "smaller examples") + " (a few hundred do), or a larger budget."

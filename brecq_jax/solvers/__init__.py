@@ -6,6 +6,7 @@ from brecq_jax.solvers.reconstruct import (
     Reconstruction,
     adaround,
     brecq,
+    by_name,
     compiled_programs,
     fisher_error,
     reconstruct,
@@ -13,5 +14,5 @@ from brecq_jax.solvers.reconstruct import (
 )
 
 __all__ = [
-    "Info", "Reconstruction", "Solver", "adaround", "brecq", "chain", "compiled_programs", "fisher_error", "nearest", "reconstruct", "squared_error",
+    "Info", "Reconstruction", "Solver", "adaround", "brecq", "by_name", "chain", "compiled_programs", "fisher_error", "nearest", "reconstruct", "squared_error",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from brecq_jax._interpret import Block, param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
 from brecq_jax.solvers._solver import Info, Solver, chain, split
-from brecq_jax.solvers.nearest import fit_activations
+from brecq_jax.solvers.nearest import fit_activations, nearest
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid: AdaRound, eq. 23
 CHUNK = 100  # steps between looks at the progress bar, where the loop runs on the device
@@ -80,6 +80,23 @@ def adaround(**settings) -> Solver:
 def brecq(**settings) -> Solver:
     """Residual blocks, Fisher-weighted error. Source: Li et al. 2021, https://arxiv.org/abs/2102.05426"""
     return reconstruct(Reconstruction(**settings))
+
+
+def by_name(name: str, **settings) -> Solver:
+    """What `--config.method` says: nearest, adaround, brecq, or squared (BRECQ's blocks, plain squared error).
+
+    Raises:
+      ValueError: another name.
+    """
+    makers = {
+        "nearest": lambda **_: nearest(),
+        "adaround": adaround,
+        "brecq": brecq,
+        "squared": lambda **given: reconstruct(Reconstruction(error=squared_error, **given)),
+    }
+    if name not in makers:
+        raise ValueError(f"There is no solver named {name!r}. Write one of {', '.join(makers)}.")
+    return makers[name](**settings)
 
 
 def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:

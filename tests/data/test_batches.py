@@ -84,21 +84,6 @@ def test_every_kind_of_set_gives_the_same_examples(kind):
     np.testing.assert_array_equal(examples.arrays, IMAGES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 5, 7])
-def test_the_first_examples_are_taken(kind, count):
-    examples = materialize(KINDS[kind](), max_examples=count)
-    assert examples.count == count
-    np.testing.assert_array_equal(examples.arrays, IMAGES[:count])
-
-
-def test_an_endless_set_is_read_no_further_than_asked():
-    read = itertools.count()
-    examples = materialize((IMAGES + 0 * next(read) for _ in itertools.count()), max_examples=24)
-    assert examples.count == 24
-    assert next(read) == 2
-
-
 def test_tfds_mock_data_is_read():
     with tfds.testing.mock_data(num_examples=5):
         source = tfds.data_source("mnist", split="train")
@@ -245,13 +230,9 @@ def test_too_few_examples_are_refused():
         materialize(BATCHES, min_examples=13)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"max_examples": 0}, "max_examples=0"), ({"min_examples": -1}, "min_examples=-1"), ({"max_examples": 3, "min_examples": 4}, "is less than")],
-)
-def test_impossible_counts_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        materialize(BATCHES, **change)
+def test_an_impossible_count_is_refused():
+    with pytest.raises(ValueError, match="min_examples=-1"):
+        materialize(BATCHES, min_examples=-1)
 
 
 SIX = np.zeros((6, 1000), np.uint8)
@@ -270,9 +251,3 @@ SIX = np.zeros((6, 1000), np.uint8)
 def test_a_set_over_the_budget_is_refused_with_what_it_needs(calib_ds, words):
     with pytest.raises(ValueError, match=words):
         materialize(calib_ds, budget_gb=5.9e-6)
-
-
-def test_the_budget_is_for_what_is_held():
-    assert materialize((SIX[:3] for _ in itertools.count()), max_examples=5, budget_gb=5e-6).count == 5
-    with pytest.raises(ValueError, match=r"all of them \(8\) need 8e-06 GB"):
-        materialize((SIX[:3] for _ in itertools.count()), max_examples=8, budget_gb=5e-6)
