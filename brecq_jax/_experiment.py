@@ -35,7 +35,7 @@ class Experiment:
 
 
 def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True) -> dict[str, Any]:
-    """Quantize, evaluate and save. Writes model/, result.json and report.html into a new or empty folder.
+    """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a new folder.
 
     Raises:
       FileExistsError: the folder holds a result already.
@@ -56,10 +56,12 @@ def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[
     figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
     save(workdir / "model", quantized)
     report.write_html(quantized.report, workdir / "report.html")
+    report.block_errors(quantized.report, workdir / "block_errors.png")
     result = {
         "settings": settings,
         "figures": figures,
         "quantize_seconds": round(seconds, 2),
+        "compiled_programs": quantized.report.compiled_programs,
         "size_mb": quantized.report.size_bits / 8e6,
         "float_mb": quantized.report.float_bits / 8e6,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",

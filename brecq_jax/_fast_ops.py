@@ -25,7 +25,8 @@ def fast_op(number: int, step: Step, operands: list) -> Sequence[jax.Array] | No
     depthwise = p["feature_group_count"] == channels == kernel.shape[-1] > 1 and p["batch_group_count"] == 1
     if not depthwise or (dims.lhs_spec, dims.rhs_spec, dims.out_spec) != NHWC or set(p["lhs_dilation"]) != {1}:
         return None
-    return [_shifted_products(x, kernel, p["window_strides"], p["padding"], p["rhs_dilation"])]
+    dtype = p["preferred_element_type"] or x.dtype
+    return [_shifted_products(x.astype(dtype), kernel.astype(dtype), p["window_strides"], p["padding"], p["rhs_dilation"])]
 
 
 def _shifted_products(x, kernel, strides, padding, dilation):

@@ -71,7 +71,7 @@ def quantize(
     _check_params(params)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
-    problem = Problem(apply_fn, params, _NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
+    problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
     graph = _read(problem)
     plan = make_plan(graph, weights, activations, preset)
     _, notes = partition(graph, blocks)
@@ -93,7 +93,7 @@ DEFAULT_SOLVER = solvers.reconstruct(
 )
 
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
-_NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
+NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
 
 def _check_params(params: Any):

@@ -68,10 +68,12 @@ def test_the_front_door_is_what_the_readme_lists():
     assert all(getattr(brecq_jax, name).__doc__ for name in brecq_jax.__all__)
 
 
-def test_the_readme_runs_as_pasted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path", ["README.md", "docs/choosing.md", "docs/extending.md"])
+def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    exec(compile(code, "README.md", "exec"), {})
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
+    assert blocks
+    exec(compile("\n".join(blocks), path, "exec"), {})
 
 
 SMALL = {
@@ -88,7 +90,7 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
         overrides += made_up_cifar(tmp_path, monkeypatch)
     result = main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--quiet", *overrides])
     assert result["figures"]
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html", "block_errors.png"}
 
 
 def made_up_cifar(folder, monkeypatch) -> list[str]:

@@ -278,6 +278,20 @@ def test_a_depthwise_convolution_by_shifted_products_is_the_convolution():
         np.testing.assert_allclose(_shifted_products(x, kernel, strides, padding, dilation), want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_fast_depthwise_convolution_gives_the_dtype_that_was_asked_for():
+    def apply(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8, preferred_element_type=jnp.float32
+        )
+
+    params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 1, 8), jnp.bfloat16)}
+    images = jax.random.normal(jax.random.key(1), (16, 6, 6, 8), jnp.bfloat16)
+    quantized = brecq_jax.quantize(params, apply, images, weights=Uniform(8), activations=Uniform(8), solver=solvers.nearest(), progress=False)
+    want = apply(params, images)
+    assert quantized(images).dtype == want.dtype == jnp.float32
+    np.testing.assert_allclose(quantized(images), want, atol=0.2)
+
+
 def test_settings_have_one_home():
     names = {f.name for f in dataclasses.fields(solvers.Reconstruction)}
     assert {"num_steps", "learning_rate", "regularizer", "warmup", "beta"} <= names
