@@ -56,6 +56,10 @@ class ScalarFormat(Format):
     """A format whose points lie on a line, each element coded by itself: what rounding can choose between."""
 
     @abc.abstractmethod
+    def of_group(self) -> "ScalarFormat":
+        """The format of one group of elements as a row of its own: the same points, and nothing shared."""
+
+    @abc.abstractmethod
     def neighbors(
         self, rows: Float[Array, "channels elements"], grid: Grid
     ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:

@@ -154,6 +154,10 @@ class Uniform(ScalarFormat):
         """scale · (code − zero_point). Float codes are points between the points; gradients flow to them and scale."""
         return _decode(self._grouped(codes), grid).reshape(codes.shape)
 
+    def of_group(self) -> "Uniform":
+        """The same with one scale for each row."""
+        return dataclasses.replace(self, granularity="per_channel")
+
     def neighbors(
         self, rows: Float[Array, "channels elements"], grid: Grid
     ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:

@@ -12,7 +12,8 @@ from brecq_jax.solvers.reconstruct import (
     reconstruct,
     squared_error,
 )
+from brecq_jax.solvers.second_order import second_order
 
 __all__ = [
-    "Info", "Reconstruction", "Solver", "adaround", "brecq", "by_name", "chain", "compiled_programs", "fisher_error", "nearest", "reconstruct", "squared_error",
+    "Info", "Reconstruction", "Solver", "adaround", "brecq", "by_name", "chain", "compiled_programs", "fisher_error", "nearest", "reconstruct", "second_order", "squared_error",
 ]  # fmt: skip

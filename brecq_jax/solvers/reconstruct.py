@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from brecq_jax._calibrate import Hooks, Memory, Stream, fisher, learned_outputs, run_local
+from brecq_jax._calibrate import Hooks, learned_outputs, run_local
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
-from brecq_jax.solvers._solver import Info, Solver, chain, split
+from brecq_jax.solvers._solver import Solver, chain
+from brecq_jax.solvers._walk import Walk, fisher_error, record, squared_error
 from brecq_jax.solvers.nearest import fit_activations, nearest
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid: AdaRound, eq. 23
@@ -35,20 +36,6 @@ def soft_choice(v: Float[Array, "..."]) -> Float[Array, "..."]:
 def inverse_choice(h: Float[Array, "..."]) -> Float[Array, "..."]:
     """v with soft_choice(v) = h, for h in [0, 1]."""
     return -jnp.log((ZETA - GAMMA) / (h - GAMMA) - 1)
-
-
-def squared_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
-    """|output − target|² of each example: summed over the last axis (channels), averaged over positions."""
-    return _per_example(jnp.square(output - target))
-
-
-def fisher_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
-    """The same, each output weighted by its diagonal Fisher (mean 1). Source: BRECQ, eq. 10, https://arxiv.org/abs/2102.05426"""
-    return _per_example(importance * jnp.square(output - target))
-
-
-def _per_example(squares):
-    return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,83 +91,15 @@ def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
     return chain(functools.partial(_learn_rounding, settings), functools.partial(_learn_steps, settings))
 
 
-class _Walk:
-    """One walk over the units: the float stream gives targets, the quantized stream inputs."""
-
-    def __init__(self, settings: Reconstruction, problem: Problem, key):
-        self.settings, self.problem = settings, problem
-        self.train, self.held_out = split(problem.count)
-        self.batch_size = min(settings.batch_size, len(self.train))
-        self.graph = problem.graph(self.batch_size)
-        self.blocks = problem.units(self.batch_size, settings.unit)
-        self.memory = Memory(problem.memory_budget_gb)
-        self.exact, self.rough = (
-            Stream(self.graph, self.blocks, problem.inputs, self.batch_size, self.memory) for _ in range(2)
-        )
-        self.leaves = problem.leaves
-        self.importance = None
-        if settings.error is fisher_error:
-            self.importance = fisher(dataclasses.replace(problem, blocks=settings.unit or problem.blocks), self.blocks, self.memory, key)
-
-    def held_out_error(self, n: int, block: Block, outputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> float:
-        """The unit's error on the examples that judge."""
-        total = 0.0
-        for position in learned_outputs(self.graph, block):
-            weights = 1.0 if self.importance is None else self.importance[n][position][self.held_out]
-            errors = self.settings.error(outputs[position][self.held_out], targets[position][self.held_out], weights)
-            total += float(np.mean(np.asarray(errors)))
-        return total
-
-    def batches(self, n: int, block: Block, targets) -> tuple:
-        """What the loop draws batches from: inputs, targets and Fisher weights of the examples that are learned from."""
-        positions = learned_outputs(self.graph, block)
-        weights = [] if self.importance is None else [self.importance[n][p] for p in positions]
-        arrays = (self.rough.inputs_of(block), [targets[p] for p in positions], weights)
-        if self.memory.spilled:
-            return arrays, self.train
-        return jax.tree.map(lambda a: jnp.asarray(a[self.train]), arrays), None
-
-
 def _learn_rounding(settings: Reconstruction, problem: Problem, guess: Quantized, key):
     if not any(problem.plan.weights.values()) or not settings.num_steps:
         return guess, ()
     key_fisher, key_steps = jax.random.split(key)
-    walk = _Walk(settings, problem, key_fisher)
-    decided: set[str] = set()
-    current, infos = guess, []
-    for n, block in enumerate(walk.blocks):
-        start = time.perf_counter()
-        targets = walk.exact.outputs(block, param_values(walk.graph, block, walk.leaves))
-        names = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and current.weight(walk.graph.weights[w])]
-        rough_params = param_values(walk.graph, block, jax.tree.leaves(current.dequantized()))
-        outputs = walk.rough.outputs(block, rough_params)
-        if names and learned_outputs(walk.graph, block):
-            before = walk.held_out_error(n, block, outputs, targets)
-            learned = _round_block(walk, n, block, names, current, rough_params, targets, jax.random.fold_in(key_steps, n))
-            better = current.with_weights(learned, walk.graph)
-            candidate = walk.rough.outputs(block, param_values(walk.graph, block, jax.tree.leaves(better.dequantized())))
-            after = walk.held_out_error(n, block, candidate, targets)
-            kept = after < before
-            if kept:
-                current, outputs, candidate = better, candidate, outputs
-            for array in candidate:
-                walk.memory.free(array)
-            infos.append(_record(block, "rounding", before, after, kept, settings.num_steps, start))
-        decided.update(names)
-        walk.exact.advance(block, targets)
-        walk.rough.advance(block, outputs)
-    return current, tuple(infos)
+    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, key_fisher)
+    return walk.choose_codes(guess, "rounding", settings.num_steps, functools.partial(_round_block, settings, walk, key_steps))
 
 
-def _record(block, phase, before, after, kept, steps, start) -> dict:
-    return {
-        "name": block.name, "ops": tuple(op.name for op in block.ops), "phase": phase,
-        "error_before": before, "error_learned": after, "error_after": after if kept else before, "kept": kept,
-        "steps": steps, "wall_seconds": time.perf_counter() - start,
-    }  # fmt: skip
-
-
-def _round_block(walk: _Walk, n: int, block: Block, names, current: Quantized, params, targets, key) -> dict[str, QArray]:
+def _round_block(settings, walk: Walk, key, n: int, block: Block, names, current: Quantized, params, targets) -> dict[str, QArray]:
     slots = _weight_slots(walk.graph, block)
     learned = {slots[name]: current.weight(walk.graph.weights[name]) for name in names}
     floats = param_values(walk.graph, block, walk.leaves)
@@ -194,7 +113,7 @@ def _round_block(walk: _Walk, n: int, block: Block, names, current: Quantized, p
         logits[slot] = inverse_choice(jnp.clip(share, 0, 1))
     data, rows = walk.batches(n, block, targets)
     fixed = {"params": params, "constants": list(block.constants), "low": low, "span": span}
-    logits = _optimise(walk, block, "rounding", logits, fixed, data, rows, walk.settings.num_steps, key)
+    logits = _optimise(settings, walk, block, "rounding", logits, fixed, data, rows, settings.num_steps, jax.random.fold_in(key, n))
     result = {}
     for name in names:
         q = learned[slots[name]]
@@ -215,7 +134,7 @@ def _learn_steps(settings: Reconstruction, problem: Problem, guess: Quantized, k
     if not settings.act_steps:
         return current, ()
     key_fisher, key_steps = jax.random.split(key)
-    walk = _Walk(settings, problem, key_fisher)
+    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, key_fisher)
     plan, decided = problem.plan, set()
     leaves = jax.tree.leaves(current.dequantized())
     for n, block in enumerate(walk.blocks):
@@ -231,7 +150,7 @@ def _learn_steps(settings: Reconstruction, problem: Problem, guess: Quantized, k
             logs = {s: jnp.log(g.scale) for s, g in grids.items() if block.sites[s] in names}
             fixed = {"params": params, "constants": list(block.constants), "grids": grids}
             data, rows = walk.batches(n, block, targets)
-            logs = _optimise(walk, block, "steps", logs, fixed, data, rows, settings.act_steps, jax.random.fold_in(key_steps, n), formats, whole_values)
+            logs = _optimise(settings, walk, block, "steps", logs, fixed, data, rows, settings.act_steps, jax.random.fold_in(key_steps, n), formats, whole_values)
             learned = {block.sites[s]: grids[s]._replace(scale=jnp.exp(v)) for s, v in logs.items()}
             better = current.with_activations(learned)
             candidate = walk.rough.outputs(block, params, Hooks(plan.activations, better.activations, plan.whole_values))
@@ -239,7 +158,7 @@ def _learn_steps(settings: Reconstruction, problem: Problem, guess: Quantized, k
             kept = after < before
             if kept:
                 current, outputs = better, candidate
-            infos.append(_record(block, "steps", before, after, kept, settings.act_steps, start))
+            infos.append(record(block, "steps", before, after, kept, settings.act_steps, start))
         decided.update(names)
         walk.exact.advance(block, targets)
         walk.rough.advance(block, outputs)
@@ -249,8 +168,7 @@ def _learn_steps(settings: Reconstruction, problem: Problem, guess: Quantized, k
 # The loop. One compiled program per block shape: `program` and what follows it are static, all else are arguments.
 
 
-def _optimise(walk: _Walk, block: Block, phase, variables, fixed, data, rows, steps, key, formats=(), whole_values=False):
-    settings = walk.settings
+def _optimise(settings, walk: Walk, block: Block, phase, variables, fixed, data, rows, steps, key, formats=(), whole_values=False):
     static = (block.program, phase, settings, steps, walk.batch_size, learned_outputs(walk.graph, block), formats, whole_values)
     state = (variables, _optimizer(settings, phase, steps).init(variables))
     title = f"{block.name}: {phase}"
