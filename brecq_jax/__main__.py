@@ -1,6 +1,7 @@
 """python -m brecq_jax --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]"""
 
 import argparse
+import ctypes
 import dataclasses
 import pathlib
 import runpy
@@ -10,6 +11,8 @@ from typing import Any, get_type_hints
 
 from brecq_jax._experiment import execute
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one config. Prints the result and returns it."""
@@ -18,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="a new folder for model/, result.json and report.html")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     known, overrides = parser.parse_known_args(arguments)
+    keep_memory()
     try:
         config = load_config(known.config, overrides)
         settings = {"config": known.config, **dataclasses.asdict(config)}
@@ -28,6 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"size: {result['size_mb']:.3f} MB, in float {result['float_mb']:.3f} MB")
     print(f"quantized in {result['quantize_seconds']:.0f} s; written to {known.workdir}")
     return result
+
+
+def keep_memory():
+    """Keep the memory of a step's temporaries, which glibc gives back and asks for anew at every step.
+
+    That is a third of a depthwise block's step on a CPU: `benchmarks/steps.py`, with and without `--default-malloc`.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Any:

@@ -69,16 +69,19 @@ class Stream:
                 self.memory.free(value)
         self.position += 1
 
-    def outputs(self, block: Block, params: Sequence[jax.Array], hooks: "Hooks | None" = None) -> list[np.ndarray]:
-        """The block's outputs for all examples. Values that are not held per example are broadcast."""
+    def outputs(
+        self, block: Block, params: Sequence[jax.Array], hooks: "Hooks | None" = None, rows: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """The block's outputs for all examples, or for those in `rows`. Values that are not held per example are broadcast."""
         results: list[np.ndarray] = []
         inputs = self.inputs_of(block)
-        for start in range(0, self.count, self.batch_size):
-            rows = np.minimum(np.arange(start, start + self.batch_size), self.count - 1)  # the last row fills up
-            stop = min(start + self.batch_size, self.count)
-            outs = forward(block, [a[rows] for a in inputs], params, hooks)
+        rows = np.arange(self.count) if rows is None else rows
+        for start in range(0, len(rows), self.batch_size):
+            stop = min(start + self.batch_size, len(rows))
+            some = rows[np.minimum(np.arange(start, start + self.batch_size), len(rows) - 1)]  # the last one fills up
+            outs = forward(block, [a[some] for a in inputs], params, hooks)
             if not results:
-                results = [self.memory.empty((self.count, *o.shape[1:]), o.dtype) for o in outs]
+                results = [self.memory.empty((len(rows), *o.shape[1:]), o.dtype) for o in outs]
             for result, out in zip(results, outs, strict=True):
                 result[start:stop] = np.asarray(out)[: stop - start]
         return results
@@ -106,12 +109,19 @@ def _forward(program, formats, whole_values, inputs, params, constants, grids):
     return run_local(program, formats, whole_values, inputs, params, constants, grids)
 
 
-def run_local(program: BlockProgram, formats, whole_values: bool, inputs, params, constants, grids) -> tuple[jax.Array, ...]:
+def run_local(
+    program: BlockProgram, formats, whole_values: bool, inputs, params, constants, grids, drop=None, on_op=fast_op
+) -> tuple[jax.Array, ...]:
     """`run` with activations quantized, sites by position: what the loops of solvers trace."""
+    return run(program, inputs, params, constants, on_op=on_op, **local_hooks(program, formats, whole_values, grids, drop))
+
+
+def local_hooks(program: BlockProgram, formats, whole_values: bool, grids, drop=None) -> dict:
+    """Hooks of `run` that quantize activations, sites by position. `drop`: (probability, key), see `quantize_hooks`."""
+    if not formats:
+        return {}
     local = Block("", (), program, (), (), (), (), tuple(map(str, range(len(program.sites)))))
-    named = {str(s): f for s, f in formats}
-    hooks = quantize_hooks(local, named, {str(s): g for s, g in grids.items()}, whole_values) if formats else {}
-    return run(program, inputs, params, constants, on_op=fast_op, **hooks)
+    return quantize_hooks(local, {str(s): f for s, f in formats}, {str(s): g for s, g in grids.items()}, whole_values, drop)
 
 
 def learned_outputs(graph: Graph, block: Block) -> tuple[int, ...]:

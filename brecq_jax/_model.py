@@ -92,7 +92,14 @@ class Quantized:
 
     def dequantized(self) -> Any:
         """Params of the caller's structure with float leaves on the grid, for the caller's own apply_fn."""
-        return jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, self.params, is_leaf=_is_qarray)
+        return jax.tree.map(lambda x: _decode(x) if isinstance(x, QArray) else x, self.params, is_leaf=_is_qarray)
+
+    def values(self, graph: Graph, block: Block) -> list[jax.Array]:
+        """What a block reads of the parameters, on the grid where they are quantized. Nothing else is decoded."""
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_qarray)
+        needed = {graph.origins[i][0] for i in block.params}
+        decoded = {n: _decode(leaves[n]) if isinstance(leaves[n], QArray) else leaves[n] for n in needed}
+        return [decoded[leaf][index] if index else decoded[leaf] for leaf, index in (graph.origins[i] for i in block.params)]
 
     def weight(self, weight: Weight) -> QArray | None:
         """The codes of one weight, or of one slice of a stacked leaf; None if it is float."""
@@ -164,6 +171,11 @@ def _is_qarray(x) -> bool:
 
 
 @jax.jit
+def _decode(array: QArray):
+    return array.decode()
+
+
+@jax.jit
 def _call(quantized: Quantized, inputs):
     return quantized.apply_fn(quantized.params, inputs)
 
@@ -188,15 +200,21 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
     return jax.tree.unflatten(graph.out_tree, outputs)
 
 
-def quantize_hooks(block: Block, formats: Mapping[str, Uniform], grids: Mapping[str, Grid], whole_values: bool) -> dict:
-    """Hooks of `run` that quantize activations: whole values, or what ops read of them."""
+def quantize_hooks(
+    block: Block, formats: Mapping[str, Uniform], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
+) -> dict:
+    """Hooks of `run` that quantize activations: whole values, or what ops read of them.
+
+    `drop` (probability, key): each element stays float with this probability, as QDrop learns.
+    """
 
     def quantize(site: int, x):
         name = block.sites[site]
         if formats.get(name) is None or name not in grids:
             return x
         grid = jax.tree.map(jnp.squeeze, grids[name])
-        return fake_quantize(x, grid.scale, grid.zero_point, formats[name].bits)
+        rounded = fake_quantize(x, grid.scale, grid.zero_point, formats[name].bits)
+        return rounded if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], site), x, rounded)
 
     def on_input(number: int, x):
         op = block.program.ops[number]
@@ -204,6 +222,11 @@ def quantize_hooks(block: Block, formats: Mapping[str, Uniform], grids: Mapping[
         return x if op.site < 0 or inside else quantize(op.site, x)
 
     return {"on_input": on_input, "on_value": quantize} if whole_values else {"on_input": on_input}
+
+
+def dropped(probability: float, key: jax.Array, x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """Element by element x with this probability, else its rounded value. Source: QDrop, eq. 6, https://arxiv.org/abs/2203.05740"""
+    return jnp.where(jax.random.bernoulli(key, probability, x.shape), x, rounded)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
 
 def render(renderable: Any, width: int = 120) -> str:
     """A rich table as plain text."""
-    console = rich.console.Console(width=width, no_color=True, highlight=False, file=_Null())
+    console = rich.console.Console(width=width, no_color=True, highlight=False, file=_Null(), force_jupyter=False, force_terminal=False)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()

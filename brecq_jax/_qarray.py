@@ -54,6 +54,7 @@ class QArray:
         return f"QArray({shape}, {self.format.bits}-bit {type(self.format).__name__}, {self.dtype})"
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def quantize_array(
     array: Float[Array, "..."],
     format: Format,

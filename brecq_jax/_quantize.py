@@ -86,11 +86,8 @@ def quantize(
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
 
 
-# What two CPU cores do in minutes on an ImageNet network; docs/results.md has the table that chose error and rate.
-# The published schedule is `solvers.brecq()`.
-DEFAULT_SOLVER = solvers.reconstruct(
-    solvers.Reconstruction(error=solvers.squared_error, num_steps=1_000, learning_rate=3e-3, act_steps=300)
-)
+# docs/results.md has the tables that chose it. Published schedules have names: `solvers.adaround()`, `solvers.brecq()`.
+DEFAULT_SOLVER = solvers.annealed()
 
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())

@@ -16,7 +16,6 @@ class Config:
     weight_bits: int = 4
     act_bits: int = 8
     num_steps: int = 300
-    act_steps: int = 100
     seed: int = 0
 
     def build(self) -> Experiment:
@@ -36,6 +35,6 @@ class Config:
             weights=Uniform(self.weight_bits),
             activations=Uniform(self.act_bits) if self.act_bits else None,
             preset="brecq",
-            solver=solvers.brecq(num_steps=self.num_steps, act_steps=self.act_steps),
+            solver=solvers.annealed(num_steps=self.num_steps),
             seed=self.seed,
         )

@@ -24,11 +24,11 @@ class Config:
     data: str = ""
     calibration: int = 64
     evaluation: int = 500
-    method: str = "squared"  # nearest, adaround, brecq or squared (blocks, plain squared error)
-    num_steps: int = 80
-    act_steps: int = 10
-    learning_rate: float = 1e-2
-    batch_size: int = 16
+    mirror: bool = True  # learn from the mirror images, too
+    method: str = "annealed"  # a name that `solvers.by_name` knows
+    num_steps: int = 100
+    act_steps: int = 0  # 0: the method's own, where it has a phase for activations
+    learning_rate: float = 0.0  # 0: the method's own
     preset: str = "brecq"
     seed: int = 0
 
@@ -41,8 +41,9 @@ class Config:
         else:
             calibration = data.photographs(SIZE, self.calibration, self.seed, "calibration")
             evaluation, labels = data.photographs(SIZE, min(self.evaluation, 100), self.seed, "evaluation"), None
-        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
-        solver = solvers.by_name(self.method, **settings)
+        calibration = data.mirrored(calibration) if self.mirror else calibration
+        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
+        solver = solvers.by_name(self.method, **{k: v for k, v in settings.items() if v})
 
         def evaluate(float_apply, quantized_apply):
             batches = [normalize(evaluation[i : i + 50]) for i in range(0, len(evaluation), 50)]

@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from brecq_jax import Experiment, models, solvers
+from brecq_jax import Experiment, data, models, solvers
 from brecq_jax.formats import Uniform
 from brecq_jax.models.resnet_cifar import normalize
 
@@ -25,11 +25,12 @@ class Config:
     data: str = ""
     weight_bits: int = 4
     act_bits: int = 0  # 0: float
-    method: str = "squared"  # nearest, adaround, brecq or squared (blocks, plain squared error)
+    method: str = "annealed"  # a name that `solvers.by_name` knows
     calibration: int = 1024
-    num_steps: int = 2000
-    act_steps: int = 500
-    learning_rate: float = 3e-3
+    mirror: bool = True  # learn from the mirror images, too
+    num_steps: int = 0  # 0: the method's own
+    act_steps: int = 0  # the same
+    learning_rate: float = 0.0  # the same
     preset: str = "brecq"
     blocks: str = "block"
     seed: int = 0
@@ -40,8 +41,9 @@ class Config:
         model, variables = models.load_resnet_cifar(self.weights)
         calibration, _ = read_jpegs(pathlib.Path(self.data) / "train.npz", self.calibration)
         images, labels = read_jpegs(pathlib.Path(self.data) / "test.npz", None)
+        calibration = data.mirrored(calibration) if self.mirror else calibration
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
-        solver = solvers.by_name(self.method, **settings)
+        solver = solvers.by_name(self.method, **{k: v for k, v in settings.items() if v})
 
         def evaluate(float_apply, quantized_apply):
             def top1(apply):

@@ -77,8 +77,8 @@ def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
 
 
 SMALL = {
-    "digits_w4a8": ["--config.num_steps=5", "--config.act_steps=3"],
-    "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1", "--config.act_steps=1", "--config.batch_size=2"],
+    "digits_w4a8": ["--config.num_steps=5"],
+    "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
 }
 

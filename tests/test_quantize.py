@@ -256,7 +256,7 @@ def test_fisher_weights_are_the_squared_gradients_of_the_sampled_loss(digits):
 
 
 def test_one_program_is_compiled_per_block_shape(digits):
-    from brecq_jax.solvers.reconstruct import _step
+    from brecq_jax.solvers._loop import _step
 
     before = _step._cache_size()
     quantize(digits, weights=Uniform(5), activations=None, solver=solvers.brecq(num_steps=7))
@@ -293,5 +293,7 @@ def test_a_fast_depthwise_convolution_gives_the_dtype_that_was_asked_for():
 
 
 def test_settings_have_one_home():
-    names = {f.name for f in dataclasses.fields(solvers.Reconstruction)}
-    assert {"num_steps", "learning_rate", "regularizer", "warmup", "beta"} <= names
+    homes = solvers.Reconstruction, solvers.RectifiedSigmoid, solvers.StraightThrough, solvers.SecondOrder
+    names = [{f.name for f in dataclasses.fields(home)} for home in homes]
+    assert {"num_steps", "learning_rate", "batch_size"} <= names[0] and {"regularizer", "warmup", "beta"} <= names[1]
+    assert not names[0] & names[1] and not names[0] & names[2]

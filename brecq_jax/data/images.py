@@ -58,6 +58,8 @@ def _random_crop(image: Image.Image, size: int, draw: np.random.Generator) -> np
     crop = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + width, top + height)))
     return crop[:, ::-1] if draw.random() < 0.5 else crop
 
+RUN = 8  # images before their mirror images: one in so many judges
+
 
 def center_crop(image: Image.Image, size: int, fraction: float) -> np.ndarray:
     """The central square of `fraction` of the short side, resized (bicubic) to size: uint8 (size, size, 3).
@@ -68,6 +70,16 @@ def center_crop(image: Image.Image, size: int, fraction: float) -> np.ndarray:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
+
+
+def mirrored(images: np.ndarray) -> np.ndarray:
+    """Images (n, height, width, channels) and their mirror images: twice the calibration set, for nothing.
+
+    Eight images are followed by their eight mirror images: `quantize` judges by one example in eight, and no example that
+    judges is learned from in a mirror.
+    """
+    runs = [images[i : i + RUN] for i in range(0, len(images), RUN)]
+    return np.concatenate([part for run in runs for part in (run, run[:, :, ::-1])])
 
 
 def folder(

@@ -8,7 +8,10 @@ import abc
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Num, UInt8
+
+SCALES_NEAR = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)  # a range fitted to weights alone is often too narrow for what they make: measured
 
 
 class Grid(NamedTuple):
@@ -58,6 +61,10 @@ class ScalarFormat(Format):
     @abc.abstractmethod
     def of_group(self) -> "ScalarFormat":
         """The format of one group of elements as a row of its own: the same points, and nothing shared."""
+
+    def grids_near(self, grid: Grid) -> Grid:
+        """Other grids for the same rows, stacked on a new first axis: what a search may try. Here other scales."""
+        return jax.tree.map(lambda *g: jnp.stack(g), *(grid._replace(scale=grid.scale * f) for f in SCALES_NEAR))
 
     @abc.abstractmethod
     def neighbors(

@@ -158,6 +158,14 @@ class Uniform(ScalarFormat):
         """The same with one scale for each row."""
         return dataclasses.replace(self, granularity="per_channel")
 
+    def grids_near(self, grid: Grid) -> Grid:
+        """Other scales, and each with the zero point one code to either side, unless `symmetric` fixes it."""
+        scaled = super().grids_near(grid)
+        if self.symmetric:
+            return scaled
+        shifted = (scaled._replace(zero_point=jnp.clip(scaled.zero_point + s, 0, 2**self.bits - 1)) for s in (0, -1, 1))
+        return jax.tree.map(lambda *g: jnp.concatenate(g), *shifted)
+
     def neighbors(
         self, rows: Float[Array, "channels elements"], grid: Grid
     ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:

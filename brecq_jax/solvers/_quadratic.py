@@ -7,6 +7,7 @@ the channels of a group, and b = xᵀt.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from brecq_jax._calibrate import local_hooks
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import LocalOp, Program, run
 from brecq_jax._jaxpr import Step
-from brecq_jax._qarray import from_rows
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 PROBES = (-9.0, -2.0, -0.5, 0.5, 3.0, 5.5, 6.5, 9.0)
@@ -45,7 +46,7 @@ class Reach:
     high: float = math.inf
 
 
-def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct]) -> Reach:
+def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct], constants) -> Reach:
     """Follow the output of op `number` as far as it is affine, and see whether a ReLU or ReLU6 reads it there."""
     data = set(program.inputs)
     for _, ids, outs in program.steps:
@@ -63,7 +64,7 @@ def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct])
         if ids.count(value) > 1 or product and data.intersection(others) or step.primitive == "div" and not numerator:
             break
         value = outs[0]
-    return Reach(value, *_clip(program, value, types))
+    return Reach(value, *_clip(program, value, types, constants))
 
 
 def _only_reader(program: Program, value: int):
@@ -71,14 +72,20 @@ def _only_reader(program: Program, value: int):
     return readers[0] if len(readers) == 1 and value not in program.outputs else None
 
 
-def _clip(program: Program, value: int, types) -> tuple[float, float]:
+def _clip(program: Program, value: int, types, constants) -> tuple[float, float]:
     """(low, high) if the steps behind a value clip it, found by trying numbers; else no bounds."""
+    known = dict(zip(program.constants, constants, strict=True))  # and the scalars that are made of constants alone
+    for step, ids, outs in program.steps:
+        if known.keys() >= set(ids) and all(types[o].size == 1 for o in outs):
+            known.update(zip(outs, step.run(*(known[i] for i in ids)), strict=True))
     found, results = (-math.inf, math.inf), [jnp.full(types[value].shape, p, types[value].dtype) for p in PROBES]
-    while (reader := _only_reader(program, value)) and len(reader[1]) == 1 and len(reader[2]) == 1:
-        step, _, outs = reader
+    while (reader := _only_reader(program, value)) and len(reader[2]) == 1:
+        step, ids, outs = reader
         if step.primitive not in ("max", "min", "clamp", "custom_jvp_call", "jit") or types[outs[0]].shape != types[value].shape:
             break
-        results = [step.run(r)[0] for r in results]
+        if ids.count(value) > 1 or not all(i == value or i in known for i in ids):
+            break
+        results = [step.run(*(r if i == value else known[i] for i in ids))[0] for r in results]
         value = outs[0]
         seen = [float(r.reshape(-1)[0]) for r in results]
         for low, high in CLIPS:
@@ -97,8 +104,8 @@ def linear_op(op: LocalOp, step: Step) -> bool:
     return tuple(weight_batch) == tuple(range(len(weight_batch)))
 
 
-def input_rows(op: LocalOp, step: Step, operands: list) -> Float[Array, "groups rows elements"]:
-    """The inputs that meet each output position, in the order of the weight's rows."""
+def input_rows(op: LocalOp, step: Step, operands: list, every: int = 1) -> Float[Array, "groups rows elements"]:
+    """The inputs that meet each output position, in the order of the weight's rows; one position in `every`."""
     x, weight = (operands[step.arguments[p]] for p in (op.data_position, 1 - op.data_position))
     if op.kind == "dense":
         contracting, batch = step.params["dimension_numbers"]
@@ -106,22 +113,29 @@ def input_rows(op: LocalOp, step: Step, operands: list) -> Float[Array, "groups 
         own = [own[i] for i in np.argsort(others)]
         free = [a for a in range(x.ndim) if a not in own and a not in groups]
         count, elements = (math.prod(x.shape[a] for a in axes) for axes in (groups, own))
-        return x.transpose(*groups, *free, *own).reshape(count, -1, elements)
-    dims, groups = step.params["dimension_numbers"], step.params["feature_group_count"]
-    axis = dims.rhs_spec[0]
-    elements = weight.size // weight.shape[axis]
+        return x.transpose(*groups, *free, *own).reshape(count, -1, elements)[:, ::every]
+    return _windows(x, weight.shape, step.params, every)
 
-    def patches(kernel_rows):  # the op itself, with kernels that pick one element each
-        shape = [len(kernel_rows) if a == axis else n for a, n in enumerate(weight.shape)]
-        inside = list(operands)
-        inside[step.arguments[1]] = from_rows(kernel_rows.astype(weight.dtype), shape, (axis,))
-        (out,) = fast_op(0, step, inside) or step.run(*inside)
-        return jnp.moveaxis(out, dims.out_spec[1], -1).reshape(-1, len(kernel_rows))
 
-    if groups == 1:
-        return patches(jnp.eye(elements))[None]
-    each = [patches(jnp.zeros((groups, elements)).at[:, k].set(1)) for k in range(elements)]
-    return jnp.stack(each, -1).transpose(1, 0, 2)
+def _windows(x, weight_shape, p, every: int) -> Float[Array, "groups rows elements"]:
+    """What a convolution's kernel meets at each output position: the padded input, shifted once for each kernel place."""
+    dims, groups = p["dimension_numbers"], p["feature_group_count"]
+    x = x.transpose(dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])
+    edges = [(low, high, d - 1) for (low, high), d in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+    kernel = [weight_shape[a] for a in dims.rhs_spec[2:]]
+    sizes = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[1:-1], kernel, p["rhs_dilation"], p["window_strides"], strict=True)]
+    order = sorted(range(len(kernel) + 1), key=lambda n: (dims.out_spec[0], *dims.out_spec[2:])[n])  # rows, as the output has them
+    shifted = []
+    for place in itertools.product(*map(range, kernel)):
+        start = [i * d for i, d in zip(place, p["rhs_dilation"], strict=True)]
+        stop = [i + (n - 1) * s + 1 for i, n, s in zip(start, sizes, p["window_strides"], strict=True)]
+        part = jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *p["window_strides"], 1))
+        shifted.append(part.transpose(*order, part.ndim - 1).reshape(-1, groups, part.shape[-1] // groups)[::every])
+    x = jnp.stack(shifted, 2)  # rows, groups, kernel places, channels
+    elements = sorted(range(len(kernel) + 1), key=lambda n: dims.rhs_spec[n + 1])  # 0: channels, then kernel axes
+    x = x.reshape(*x.shape[:2], *kernel, x.shape[-1]).transpose(1, 0, *(e + 1 if e else x.ndim - 2 + len(kernel) for e in elements))
+    return x.reshape(*x.shape[:2], -1)
 
 
 def output_rows(op: LocalOp, step: Step, operands: list, out) -> Float[Array, "groups rows channels"]:
@@ -147,35 +161,40 @@ def program_types(program: Program, inputs, params, constants) -> dict[int, jax.
     return dict(zip(ids, values, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def statistics(program: Program, number: int, to: Reach, gram: bool, inputs, params, exact_inputs, exact_params, constants):
-    """Sums over one batch: (H or None, b, rows), with inputs from the quantized prefix and targets from the float model.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def statistics(program: Program, number: int, to: Reach, keep: int, formats, whole_values, inputs, params, exact_inputs, exact_params, constants, grids):
+    """Sums over one batch: (H, b, rows), with inputs from the quantized prefix and targets from the float model.
+
+    About `keep` output rows of the batch are taken, evenly strided, if it has more.
 
     `params` hold the current weight of the op, too: where the float output lies beyond a clip, the target is the
     current output, or the end of the range if that is nearer. The sum then bounds the error behind the clip from above
     and touches it at the current weight, so that lowering it lowers the error (majorisation).
     """
-    op, part = program.ops[number], dataclasses.replace(program, outputs=(to.end,))
+    op, last = program.ops[number], next(n for n, (_, _, outs) in enumerate(program.steps) if to.end in outs)
+    part = dataclasses.replace(program, steps=program.steps[: last + 1], outputs=(to.end,))
     (wanted,) = run(part, exact_inputs, exact_params, constants, on_op=fast_op)
     step = program.steps[op.step][0]
     seen = {}
 
-    def until_end(z):
+    def until_end(change):
         def on_op(n, s, operands):
+            results = fast_op(n, s, operands) or s.run(*operands)
             if n != number:
-                return fast_op(n, s, operands)
-            seen["operands"] = operands
-            return [z] if z is not None else fast_op(n, s, operands)
+                return results
+            seen.update(operands=operands, output=results[0])
+            return [results[0] + change]
 
-        return run(part, inputs, params, constants, on_op=on_op)[0]
+        return run(part, inputs, params, constants, on_op=on_op, **local_hooks(part, formats, whole_values, grids))[0]
 
-    current = until_end(None)
-    (shape,) = jax.eval_shape(lambda *o: step.run(*o), *seen["operands"])
-    zeros = jnp.zeros(shape.shape, shape.dtype)
-    offset, slope = jax.jvp(until_end, (zeros,), (jnp.ones_like(zeros),))
+    zeros = jnp.zeros(program_types(program, inputs, params, constants)[program.steps[op.step][2][0]].shape)
+    current, slope = jax.jvp(until_end, (zeros,), (jnp.ones_like(zeros),))
     goal = jnp.where(wanted <= to.low, jnp.minimum(current, to.low), jnp.where(wanted >= to.high, jnp.maximum(current, to.high), wanted))
-    target = jnp.where(slope != 0, (goal - offset) / jnp.where(slope != 0, slope, 1), 0)
-    x = input_rows(op, step, seen["operands"]).astype(jnp.float32)
-    t = output_rows(op, step, seen["operands"], target).astype(jnp.float32)
+    target = seen["output"] + jnp.where(slope != 0, (goal - current) / jnp.where(slope != 0, slope, 1), 0)
+    t = output_rows(op, step, seen["operands"], target)
+    every = max(1, t.shape[1] // keep)
+    while math.gcd(every, t.shape[1]) > 1:  # or it would meet the same columns of each image
+        every -= 1
+    x, t = input_rows(op, step, seen["operands"], every).astype(jnp.float32), t[:, ::every].astype(jnp.float32)
     cross = jnp.einsum("gro,grk->gok", t, x)
-    return (jnp.einsum("grk,grl->gkl", x, x) if gram else None), cross.reshape(-1, x.shape[-1]), x.shape[1]
+    return jnp.einsum("grk,grl->gkl", x, x), cross.reshape(-1, x.shape[-1]), x.shape[1]

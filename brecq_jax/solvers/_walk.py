@@ -1,16 +1,18 @@
 """One walk over the units of a problem: the float stream gives targets, the quantized stream inputs."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from brecq_jax._calibrate import Memory, Stream, fisher, learned_outputs
-from brecq_jax._interpret import Block, param_values
+from brecq_jax._calibrate import Hooks, Memory, Stream, fisher, learned_outputs
+from brecq_jax._interpret import Block, param_values, whole
 from brecq_jax._model import Problem, Quantized
 from brecq_jax.solvers._solver import Info, split
 
@@ -25,76 +27,116 @@ def fisher_error(output: Float[Array, "batch *feature"], target: Float[Array, "b
     return _per_example(importance * jnp.square(output - target))
 
 
+def relative_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
+    """`squared_error` in parts of the targets' energy, its mean over the batch: the same scale for every block."""
+    return squared_error(output, target, importance) / (jnp.mean(_per_example(jnp.square(target))) + TINY)
+
+
 def _per_example(squares):
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
-class Walk:
-    """The state of one walk: what both streams hold, which examples are learned from and which judge, by which error."""
+TINY = 1e-12  # energy of a target that is zero everywhere
+STREAM = 32  # examples that pass a block at once, where nothing is drawn
 
-    def __init__(self, problem: Problem, batch_size: int, unit: str | None = None, error: Callable = squared_error, key: jax.Array | None = None):
-        self.problem, self.error = problem, error
+
+class Unit(NamedTuple):
+    """One block of a walk: what is still to decide in it, and what it should make."""
+
+    number: int
+    block: Block
+    weights: tuple[str, ...]  # names of weights that no earlier unit decided
+    sites: tuple[str, ...]  # names of activations likewise
+    targets: list[np.ndarray]  # the float model's outputs, all examples
+
+
+class Stage(NamedTuple):
+    """One way to better a unit: `better(unit, model)` gives another model, which is kept if the held-out error fell."""
+
+    phase: str
+    steps: int
+    better: Callable[[Unit, Quantized], Quantized]
+
+
+class Walk:
+    """The state of one walk: what both streams hold, which examples are learned from and which judge, by which error.
+
+    `activations`: the prefix and the unit itself run with activations quantized.
+    """
+
+    def __init__(
+        self, problem: Problem, batch_size: int = STREAM, unit: str | None = None, error: Callable = squared_error,
+        activations: bool = False, key: jax.Array | None = None,
+    ):  # fmt: skip
+        self.problem, self.error, self.activations = problem, error, activations
         self.train, self.held_out = split(problem.count)
         self.batch_size = min(batch_size, len(self.train))
-        self.graph = problem.graph(self.batch_size)
-        self.blocks = problem.units(self.batch_size, unit)
+        stream = min(STREAM, len(self.train))
+        self.graph, self.blocks = problem.graph(stream), problem.units(stream, unit)
+        self.drawn_graph, self.drawn_blocks = problem.graph(self.batch_size), problem.units(self.batch_size, unit)  # what a loop runs
         self.memory = Memory(problem.memory_budget_gb)
-        self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, self.batch_size, self.memory) for _ in range(2))
+        self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, self.memory) for _ in range(2))
         self.leaves = problem.leaves
         self.importance = None
         if error is fisher_error:
             self.importance = fisher(dataclasses.replace(problem, blocks=unit or problem.blocks), self.blocks, self.memory, key)
 
-    def held_out_error(self, n: int, block: Block, outputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> float:
-        """The unit's error on the examples that judge."""
+    def hooks(self, model: Quantized) -> Hooks | None:
+        """Activation quantization as the walk runs it."""
+        plan = self.problem.plan
+        return Hooks(plan.activations, model.activations, plan.whole_values) if self.activations else None
+
+    @functools.cached_property
+    def predictions(self) -> np.ndarray | None:
+        """The float model's outputs, if they are one array of logits."""
+        if len(self.graph.flat.outputs) != 1:
+            return None
+        net = whole(self.graph)
+        stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size, self.memory)
+        (outputs,) = stream.outputs(net, param_values(self.graph, net, self.leaves))
+        return outputs if outputs.ndim >= 2 and outputs.shape[-1] > 1 and np.issubdtype(outputs.dtype, np.floating) else None
+
+    def judge(self, unit: Unit, model: Quantized) -> float:
+        """The unit's error with this model, on the examples that judge."""
+        outputs = self.rough.outputs(unit.block, model.values(self.graph, unit.block), self.hooks(model), self.held_out)
         total = 0.0
-        for position in learned_outputs(self.graph, block):
-            weights = 1.0 if self.importance is None else self.importance[n][position][self.held_out]
-            errors = self.error(outputs[position][self.held_out], targets[position][self.held_out], weights)
+        for position in learned_outputs(self.graph, unit.block):
+            weights = 1.0 if self.importance is None else self.importance[unit.number][position][self.held_out]
+            errors = self.error(outputs[position], unit.targets[position][self.held_out], weights)
             total += float(np.mean(np.asarray(errors)))
+        for array in outputs:
+            self.memory.free(array)
         return total
 
-    def batches(self, n: int, block: Block, targets) -> tuple:
-        """What a loop draws batches from: inputs, targets and Fisher weights of the examples that are learned from."""
-        positions = learned_outputs(self.graph, block)
-        weights = [] if self.importance is None else [self.importance[n][p] for p in positions]
-        arrays = (self.rough.inputs_of(block), [targets[p] for p in positions], weights)
-        if self.memory.spilled:
-            return arrays, self.train
-        return jax.tree.map(lambda a: jnp.asarray(a[self.train]), arrays), None
-
-    def choose_codes(self, guess: Quantized, phase: str, steps: int, round_unit: Callable) -> tuple[Quantized, Info]:
-        """Unit by unit, ask `round_unit(n, block, names, current, params, targets)` for QArrays by name, and keep them
-        where the held-out error fell."""
+    def improve(self, guess: Quantized, stages: Sequence[Stage]) -> tuple[Quantized, Info]:
+        """Unit by unit, ask each stage for a better model, and keep it where the held-out error fell."""
         decided: set[str] = set()
         current, infos = guess, []
         for n, block in enumerate(self.blocks):
-            start = time.perf_counter()
             targets = self.exact.outputs(block, param_values(self.graph, block, self.leaves))
-            names = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and current.weight(self.graph.weights[w])]
-            params = param_values(self.graph, block, jax.tree.leaves(current.dequantized()))
-            outputs = self.rough.outputs(block, params)
-            if names and learned_outputs(self.graph, block):
-                before = self.held_out_error(n, block, outputs, targets)
-                better = current.with_weights(round_unit(n, block, names, current, params, targets), self.graph)
-                candidate = self.rough.outputs(block, param_values(self.graph, block, jax.tree.leaves(better.dequantized())))
-                after = self.held_out_error(n, block, candidate, targets)
-                kept = after < before
-                if kept:
-                    current, outputs, candidate = better, candidate, outputs
-                for array in candidate:
-                    self.memory.free(array)
-                infos.append(record(block, phase, before, after, kept, steps, start))
-            decided.update(names)
+            weights = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and current.weight(self.graph.weights[w])]
+            sites = [s for s in block.sites if s in current.activations and f"reads {s}" not in decided] if self.activations else []
+            unit = Unit(n, block, tuple(weights), tuple(sites), targets)
+            if (weights or sites) and learned_outputs(self.graph, block):
+                error = self.judge(unit, current)
+                for stage in stages:
+                    start = time.perf_counter()
+                    better = stage.better(unit, current)
+                    after = self.judge(unit, better) if better is not current else error
+                    infos.append(record(block, stage, error, after, start))
+                    if after < error:
+                        current, error = better, after
+            decided.update(weights, (f"reads {s}" for s in sites))
             self.exact.advance(block, targets)
-            self.rough.advance(block, outputs)
+            self.rough.advance(block, self.rough.outputs(block, current.values(self.graph, block), self.hooks(current)))
         return current, tuple(infos)
 
 
-def record(block: Block, phase: str, before: float, after: float, kept: bool, steps: int, start: float) -> dict:
+def record(block: Block, stage: Stage, before: float, after: float, start: float) -> dict:
     """The record of one unit, for the report."""
+    kept = after < before
     return {
-        "name": block.name, "ops": tuple(op.name for op in block.ops), "phase": phase,
+        "name": block.name, "ops": tuple(op.name for op in block.ops), "phase": stage.phase,
         "error_before": before, "error_learned": after, "error_after": after if kept else before, "kept": kept,
-        "steps": steps, "wall_seconds": time.perf_counter() - start,
+        "steps": stage.steps, "wall_seconds": time.perf_counter() - start,
     }  # fmt: skip

@@ -35,12 +35,13 @@ def round_weights(problem: Problem, guess: Quantized) -> Quantized:
     return guess.with_weights(rounded, graph)
 
 
-def fit_activations(problem: Problem, guess: Quantized) -> Quantized:
-    """Every planned activation's grid, fitted to the values seen with the guess's weights."""
+def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] | None = None) -> Quantized:
+    """Every planned activation's grid, fitted to the values seen with the guess's weights, or with those in `leaves`."""
     formats = {name: f for name, f in problem.plan.activations.items() if f is not None}
     if not formats:
         return guess
-    samples = observe(problem, jax.tree.leaves(guess.dequantized()), BATCH, tuple(formats))
+    leaves = jax.tree.leaves(guess.dequantized()) if leaves is None else leaves
+    samples = observe(problem, leaves, BATCH, tuple(formats))
     for name, sample in samples.items():
         if not jnp.isfinite(sample).all():
             raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")

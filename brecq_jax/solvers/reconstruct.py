@@ -1,257 +1,165 @@
-"""Learned rounding, unit by unit: each weight picks the neighbour that keeps the unit's output."""
+"""Learned rounding, unit by unit: codes, step sizes of weights and of activations that keep the unit's output."""
 
 import dataclasses
 import functools
-import time
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
 
-from brecq_jax._calibrate import Hooks, learned_outputs, run_local
-from brecq_jax._graph import Graph
-from brecq_jax._interpret import Block, param_values
+from brecq_jax._calibrate import learned_outputs
+from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import QArray, from_rows, to_rows
-from brecq_jax.solvers._solver import Solver, chain
-from brecq_jax.solvers._walk import Walk, fisher_error, record, squared_error
-from brecq_jax.solvers.nearest import fit_activations, nearest
+from brecq_jax._qarray import to_rows
+from brecq_jax.solvers._loop import Batch, Static, Tail, loop, own_variables
+from brecq_jax.solvers._roundings import RectifiedSigmoid, Rounding
+from brecq_jax.solvers._solver import Info, Solver
+from brecq_jax.solvers._walk import Stage, Unit, Walk, fisher_error
+from brecq_jax.solvers.nearest import fit_activations
+from brecq_jax.solvers.second_order import SecondOrder, stage
 
-ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid: AdaRound, eq. 23
-CHUNK = 100  # steps between looks at the progress bar, where the loop runs on the device
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A unit's error counts what it does to the net's prediction, too: `weight` · KL(float ‖ with this unit), rest float.
 
-def soft_choice(v: Float[Array, "..."]) -> Float[Array, "..."]:
-    """h(v) in [0, 1]: 0 picks the lower neighbour, 1 the upper.
-
-    Source: AdaRound, eq. 23, the rectified sigmoid, https://arxiv.org/abs/2004.10568
+    Source: PD-Quant, https://arxiv.org/abs/2212.07048, eq. 5, without its temperature and its distribution correction.
     """
-    return jnp.clip(jax.nn.sigmoid(v) * (ZETA - GAMMA) + GAMMA, 0, 1)
 
-
-def inverse_choice(h: Float[Array, "..."]) -> Float[Array, "..."]:
-    """v with soft_choice(v) = h, for h in [0, 1]."""
-    return -jnp.log((ZETA - GAMMA) / (h - GAMMA) - 1)
+    weight: float = 1.0
+    cost: float = 4.0  # the term is left out where the rest of the net has more than `cost` times the unit's multiplications
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
     """Settings of reconstruction. Defaults: BRECQ's released code, unless noted.
 
-    `unit` None takes the problem's blocks. The weight phase runs with float activations, then the activation phase
-    learns step sizes with the weights fixed; both start from the outputs of the already-quantized prefix.
+    `unit` None takes the problem's blocks. Weights are learned with float activations; then, where activations are
+    planned, their step sizes are learned with the weights fixed. `together`: both in one loop, activations quantized.
+    Inputs are those of the already-quantized prefix, targets the float model's.
     """
 
     unit: Literal["layer"] | None = None
     error: Callable = fisher_error
+    start: SecondOrder | None = None  # rounds each unit first; what is learned then begins at its codes
+    rounding: Rounding = RectifiedSigmoid()
     num_steps: int = 20_000
     batch_size: int = 32
     learning_rate: float = 1e-3
-    regularizer: float = 0.01
-    warmup: float = 0.2  # fraction of steps before rounding is pressed to choose
-    beta: tuple[float, float] = (20.0, 2.0)  # sharpness of the penalty, start and end
-    act_steps: int = 5_000
+    together: bool = False
+    act_steps: int = 5_000  # of the second phase, where weights and activations are not learned together
     # Ours: Adam steps the logarithm of the step size, which keeps it positive; BRECQ steps the size itself by 4e-4.
     act_learning_rate: float = 1e-3
-
-
-def adaround(**settings) -> Solver:
-    """Each op on its own, plain squared error. Source: Nagel et al. 2020, https://arxiv.org/abs/2004.10568"""
-    return reconstruct(Reconstruction(unit="layer", error=squared_error, **settings))
-
-
-def brecq(**settings) -> Solver:
-    """Residual blocks, Fisher-weighted error. Source: Li et al. 2021, https://arxiv.org/abs/2102.05426"""
-    return reconstruct(Reconstruction(**settings))
-
-
-def by_name(name: str, **settings) -> Solver:
-    """What `--config.method` says: nearest, adaround, brecq, or squared (BRECQ's blocks, plain squared error).
-
-    Raises:
-      ValueError: another name.
-    """
-    makers = {
-        "nearest": lambda **_: nearest(),
-        "adaround": adaround,
-        "brecq": brecq,
-        "squared": lambda **given: reconstruct(Reconstruction(error=squared_error, **given)),
-    }
-    if name not in makers:
-        raise ValueError(f"There is no solver named {name!r}. Write one of {', '.join(makers)}.")
-    return makers[name](**settings)
+    drop_prob: float = 0.0  # the probability that an element's quantization is dropped, of inputs and inside: QDrop
+    prediction: Prediction | None = None
+    checks: int = 1  # how often the held-out error is looked at; the best is kept
+    bfloat16: bool = False  # ops multiply in bfloat16, forward and backward; variables and errors stay as they are
+    patience: int = 1  # checks in a row without a new best before a unit is left
 
 
 def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
-    """Learned rounding of weights, then learned step sizes of activations, unit by unit in program order."""
-    return chain(functools.partial(_learn_rounding, settings), functools.partial(_learn_steps, settings))
+    """Learned rounding of weights and learned step sizes of activations, unit by unit in program order."""
+
+    def solve(problem: Problem, guess: Quantized, key: jax.Array) -> tuple[Quantized, Info]:
+        keys = jax.random.split(key)
+        if guess.activations and settings.together:
+            # what is learned stays near the float outputs; with weights merely rounded, ranges may be anything
+            return _walk(settings, problem, fit_activations(problem, guess, problem.leaves), keys[0], True, True)
+        guess, info = _walk(settings, problem, guess, keys[0], True, False)
+        if not guess.activations:
+            return guess, info
+        guess, more = _walk(settings, problem, fit_activations(problem, guess), keys[1], False, True)
+        return guess, info + more
+
+    return solve
 
 
-def _learn_rounding(settings: Reconstruction, problem: Problem, guess: Quantized, key):
-    if not any(problem.plan.weights.values()) or not settings.num_steps:
+def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, weights: bool, activations: bool) -> tuple[Quantized, Info]:
+    """One walk that learns weights, activations or both."""
+    if weights and not activations and not any(problem.plan.weights.values()):
         return guess, ()
     key_fisher, key_steps = jax.random.split(key)
-    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, key_fisher)
-    return walk.choose_codes(guess, "rounding", settings.num_steps, functools.partial(_round_block, settings, walk, key_steps))
-
-
-def _round_block(settings, walk: Walk, key, n: int, block: Block, names, current: Quantized, params, targets) -> dict[str, QArray]:
-    slots = _weight_slots(walk.graph, block)
-    learned = {slots[name]: current.weight(walk.graph.weights[name]) for name in names}
-    floats = param_values(walk.graph, block, walk.leaves)
-    logits, low, span = {}, {}, {}
-    for slot, q in learned.items():
-        rows = to_rows(floats[slot].astype(jnp.float32), q.channel_axes)
-        codes = q.format.neighbors(rows, q.grid)
-        ends = [from_rows(q.format.decode(c, q.grid), q.shape, q.channel_axes) for c in codes]
-        low[slot], span[slot] = ends[0], ends[1] - ends[0]
-        share = jnp.where(span[slot] > 0, (floats[slot] - low[slot]) / jnp.where(span[slot] > 0, span[slot], 1), 0.5)
-        logits[slot] = inverse_choice(jnp.clip(share, 0, 1))
-    data, rows = walk.batches(n, block, targets)
-    fixed = {"params": params, "constants": list(block.constants), "low": low, "span": span}
-    logits = _optimise(settings, walk, block, "rounding", logits, fixed, data, rows, settings.num_steps, jax.random.fold_in(key, n))
-    result = {}
-    for name in names:
-        q = learned[slots[name]]
-        low_codes, high_codes = q.format.neighbors(to_rows(floats[slots[name]].astype(jnp.float32), q.channel_axes), q.grid)
-        codes = jnp.where(to_rows(logits[slots[name]], q.channel_axes) >= 0, high_codes, low_codes)
-        result[name] = dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes))
-    return result
-
-
-def _weight_slots(graph: Graph, block: Block) -> dict[str, int]:
-    return {op.weight: local.weight for op, local in zip(block.ops, block.program.ops, strict=True)}
-
-
-def _learn_steps(settings: Reconstruction, problem: Problem, guess: Quantized, key):
-    if not guess.activations:
+    steps = settings.num_steps if weights else settings.act_steps
+    if not steps and not (weights and settings.start):
         return guess, ()
-    current, infos = fit_activations(problem, guess), []
-    if not settings.act_steps:
-        return current, ()
-    key_fisher, key_steps = jax.random.split(key)
-    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, key_fisher)
-    plan, decided = problem.plan, set()
-    leaves = jax.tree.leaves(current.dequantized())
-    for n, block in enumerate(walk.blocks):
-        start = time.perf_counter()
-        targets = walk.exact.outputs(block, param_values(walk.graph, block, walk.leaves))
-        params = param_values(walk.graph, block, leaves)
-        outputs = walk.rough.outputs(block, params, Hooks(plan.activations, current.activations, plan.whole_values))
-        names = [s for s in block.sites if s in current.activations and s not in decided]
-        if names and learned_outputs(walk.graph, block):
-            before = walk.held_out_error(n, block, outputs, targets)
-            hooks = Hooks(plan.activations, current.activations, plan.whole_values)
-            formats, grids, whole_values = hooks.of(block)
-            logs = {s: jnp.log(g.scale) for s, g in grids.items() if block.sites[s] in names}
-            fixed = {"params": params, "constants": list(block.constants), "grids": grids}
-            data, rows = walk.batches(n, block, targets)
-            logs = _optimise(settings, walk, block, "steps", logs, fixed, data, rows, settings.act_steps, jax.random.fold_in(key_steps, n), formats, whole_values)
-            learned = {block.sites[s]: grids[s]._replace(scale=jnp.exp(v)) for s, v in logs.items()}
-            better = current.with_activations(learned)
-            candidate = walk.rough.outputs(block, params, Hooks(plan.activations, better.activations, plan.whole_values))
-            after = walk.held_out_error(n, block, candidate, targets)
-            kept = after < before
-            if kept:
-                current, outputs = better, candidate
-            infos.append(record(block, "steps", before, after, kept, settings.act_steps, start))
-        decided.update(names)
-        walk.exact.advance(block, targets)
-        walk.rough.advance(block, outputs)
-    return current, tuple(infos)
+    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher)
+    stages = [stage(settings.start, walk)] if weights and settings.start else []
+    if steps:
+        phase = "together" if weights and activations else "rounding" if weights else "steps"
+        stages.append(Stage(phase, steps, functools.partial(_learn_unit, settings, walk, steps, key_steps, weights)))
+    return walk.improve(guess, stages)
 
 
-# The loop. One compiled program per block shape: `program` and what follows it are static, all else are arguments.
+def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: bool, unit: Unit, current: Quantized) -> Quantized:
+    rounding, block = settings.rounding, walk.drawn_blocks[unit.number]
+    floats = param_values(walk.drawn_graph, block, walk.leaves)
+    slots = {op.weight: local.weight for op, local in zip(block.ops, block.program.ops, strict=True)} if weights else {}
+    slots = {name: slot for name, slot in slots.items() if name in unit.weights}
+    guesses = {slot: current.weight(walk.graph.weights[name]) for name, slot in slots.items()}
+    rows = {slot: to_rows(floats[slot].astype(jnp.float32), q.channel_axes) for slot, q in guesses.items()}
+    variables, fixed = {}, {}
+    for slot, q in guesses.items():
+        own, fixed[slot] = rounding.start(q, rows[slot])
+        for kind, value in own.items():
+            variables.setdefault(kind, {})[slot] = value
+    hooks = walk.hooks(current)
+    formats, grids, whole_values = hooks.of(block) if hooks else ((), {}, False)
+    logs = {s: jnp.log(g.scale) for s, g in grids.items() if block.sites[s] in unit.sites}
+    if logs:
+        variables["steps"] = logs
+    if not variables:
+        return current
+
+    def model(variables) -> Quantized:
+        found = {name: rounding.finish(guesses[s], own_variables(variables, s), fixed[s], rows[s]) for name, s in slots.items()}
+        scaled = {block.sites[s]: grids[s]._replace(scale=jnp.exp(v)) for s, v in variables.get("steps", {}).items()}
+        return current.with_weights(found, walk.graph).with_activations(scaled)
+
+    tail = _tail(settings, walk, unit)
+    arguments = {
+        "params": current.values(walk.drawn_graph, block), "constants": list(block.constants),
+        "rounding": fixed, "grids": grids,
+        "tail": [param_values(walk.drawn_graph, b, walk.leaves) for b in tail.blocks] if tail else [],
+    }  # fmt: skip
+    written = tuple((slot, q.format, q.shape, q.channel_axes) for slot, q in guesses.items())
+    positions = learned_outputs(walk.drawn_graph, block)
+    static = Static(block.program, settings, steps, walk.batch_size, positions, formats, whole_values, written, tuple(variables), tail)
+    data, drawn = _data(settings, walk, unit, tail)
+    show = functools.partial(walk.problem.show, total=steps, text=f"{block.name}")
+    best, least, waited = current, math.inf, 0
+    for found in loop(static, variables, arguments, data, drawn, jax.random.fold_in(key, unit.number), lambda done: show(done)):
+        candidate = model(found)
+        error = walk.judge(unit, candidate)
+        best, least, waited = (candidate, error, 0) if error < least else (best, least, waited + 1)
+        if waited >= settings.patience:
+            break
+    return best
 
 
-def _optimise(settings, walk: Walk, block: Block, phase, variables, fixed, data, rows, steps, key, formats=(), whole_values=False):
-    static = (block.program, phase, settings, steps, walk.batch_size, learned_outputs(walk.graph, block), formats, whole_values)
-    state = (variables, _optimizer(settings, phase, steps).init(variables))
-    title = f"{block.name}: {phase}"
-    if rows is not None:  # the cache lies on disk: batches are gathered on the host
-        for i in range(steps):
-            draw = rows[np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(rows))[: walk.batch_size])]
-            state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: jnp.asarray(a[d]), data), i)
-            walk.problem.show(i + 1, steps, title)
-    elif jax.default_backend() == "cpu":  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
-        for i in range(steps):
-            state = _step(static, state, fixed, data, key, i)
-            if i % CHUNK == CHUNK - 1 or i == steps - 1:
-                jax.block_until_ready(state)
-                walk.problem.show(i + 1, steps, title)
-    else:
-        for i in range(0, steps, CHUNK):
-            state = _many_steps(static, min(CHUNK, steps - i), state, fixed, data, key, i)
-            jax.block_until_ready(state)
-            walk.problem.show(min(i + CHUNK, steps), steps, title)
-    return state[0]
+def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -> tuple[Batch, np.ndarray | None]:
+    """What a loop draws batches from, of the examples that are learned from: on the device, or on disk with their rows."""
+    positions = learned_outputs(walk.graph, unit.block)
+    importance = [] if walk.importance is None else [walk.importance[unit.number][p] for p in positions]
+    dropping = settings.drop_prob and walk.activations
+    data = Batch(
+        walk.rough.inputs_of(unit.block), walk.exact.inputs_of(unit.block) if dropping else [],
+        [unit.targets[p] for p in positions], importance, [walk.predictions] if tail else [],
+    )  # fmt: skip
+    if walk.memory.spilled:
+        return data, walk.train
+    return jax.tree.map(lambda a: jnp.asarray(a[walk.train]), data), None
 
 
-def _optimizer(settings: Reconstruction, phase: str, steps: int) -> optax.GradientTransformation:
-    if phase == "rounding":
-        return optax.adam(settings.learning_rate)
-    return optax.adam(optax.cosine_decay_schedule(settings.act_learning_rate, steps))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _many_steps(static, count, state, fixed, data, key, start):
-    return jax.lax.scan(lambda s, i: (_draw_and_update(static, s, fixed, data, key, i), None), state, start + jnp.arange(count))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(static, state, fixed, data, key, i):
-    return _draw_and_update(static, state, fixed, data, key, i)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update(static, state, fixed, batch, i):
-    return _one_update(static, state, fixed, batch, i)
-
-
-def _draw_and_update(static, state, fixed, data, key, i):
-    count, batch_size = jax.tree.leaves(data)[0].shape[0], static[4]
-    rows = jax.random.permutation(jax.random.fold_in(key, i), count)[:batch_size]
-    return _one_update(static, state, fixed, jax.tree.map(lambda a: a[rows], data), i)
-
-
-def _one_update(static, state, fixed, batch, i):
-    program, phase, settings, steps, _, positions, formats, whole_values = static
-    variables, opt_state = state
-    inputs, targets, importance = batch
-
-    def loss(variables):
-        params, grids, penalty = list(fixed["params"]), dict(fixed.get("grids", {})), 0.0
-        if phase == "rounding":
-            h = {slot: soft_choice(v) for slot, v in variables.items()}
-            for slot, choice in h.items():
-                params[slot] = (fixed["low"][slot] + choice * fixed["span"][slot]).astype(params[slot].dtype)
-            penalty = _penalty(settings, h, i / steps)
-        else:
-            for site, v in variables.items():
-                grids[site] = grids[site]._replace(scale=jnp.exp(v))
-        outputs = run_local(program, formats, whole_values, inputs, params, fixed["constants"], grids)
-        weights = importance or [None] * len(targets)
-        errors = [settings.error(outputs[p], t, w) for p, t, w in zip(positions, targets, weights, strict=True)]
-        return sum(jnp.mean(e) for e in errors) + penalty
-
-    gradients = jax.grad(loss)(variables)
-    updates, opt_state = _optimizer(settings, phase, steps).update(gradients, opt_state)
-    return optax.apply_updates(variables, updates), opt_state
-
-
-def _penalty(settings: Reconstruction, choices, progress):
-    """λ Σ (1 − |2h − 1|^β): zero during the warm-up, then pressing towards 0 or 1. Source: AdaRound, eq. 24."""
-    high, low = settings.beta
-    rest = jnp.clip((progress - settings.warmup) / (1 - settings.warmup), 0, 1)
-    beta = high + (low - high) * rest
-    total = sum(jnp.sum(1 - jnp.abs(2 * h - 1) ** beta) for h in choices.values())
-    return jnp.where(progress < settings.warmup, 0.0, settings.regularizer) * total
-
-
-def compiled_programs() -> int:
-    """Loops compiled in this process so far: one per block shape and settings."""
-    return sum(f._cache_size() for f in (_step, _update, _many_steps))
+def _tail(settings: Reconstruction, walk: Walk, unit: Unit) -> Tail | None:
+    """The rest of the net, where its prediction counts and can be afforded."""
+    later, flat = walk.drawn_blocks[unit.number + 1 :], walk.drawn_graph.flat
+    if settings.prediction is None or not later or walk.predictions is None:
+        return None
+    entries = walk.drawn_blocks[unit.number].outs
+    made = set(entries).union(*(b.outs for b in later))
+    work = sum(op.macs for b in later for op in b.ops)
+    affordable = work <= settings.prediction.cost * sum(op.macs for op in unit.block.ops) * walk.batch_size / walk.rough.batch_size
+    return Tail(entries, later, flat.outputs[0]) if affordable and all(made.issuperset(b.ins) for b in later) else None

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brecq_jax.data import center_crop, folder, images, photographs
+from brecq_jax.data import center_crop, folder, images, mirrored, photographs
+from brecq_jax.solvers._solver import split
 
 
 @pytest.mark.parametrize("split", ["calibration", "evaluation"])
@@ -46,6 +47,16 @@ def test_the_centre_of_an_image_is_its_centre():
     pixels[5:15, 15:25] = (10, 20, 30)
     assert np.all(center_crop(Image.fromarray(pixels), 10, 0.5) == (10, 20, 30))
     assert np.all(center_crop(Image.fromarray(pixels), 20, 1.0) == pixels[:, 10:30])
+
+
+def test_no_image_that_judges_is_learned_from_in_a_mirror():
+    originals = np.random.default_rng(0).integers(0, 255, (32, 4, 6, 3), np.uint8)
+    both = mirrored(originals)
+    assert len(both) == 64 and np.any(both[8] != both[0])
+    np.testing.assert_array_equal(both[8:16], both[:8, :, ::-1])
+    train, judge = split(len(both))
+    learned = {both[i].tobytes() for i in train} | {both[i][:, ::-1].tobytes() for i in train}
+    assert not learned & {both[i].tobytes() for i in judge}
 
 
 def make(root, *names, colour=None):

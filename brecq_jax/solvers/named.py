@@ -1,0 +1,86 @@
+"""Solvers by the names that papers gave them."""
+
+from brecq_jax.solvers._roundings import RectifiedSigmoid, StraightThrough
+from brecq_jax.solvers._solver import Solver
+from brecq_jax.solvers._walk import relative_error, squared_error
+from brecq_jax.solvers.nearest import nearest
+from brecq_jax.solvers.reconstruct import Reconstruction, reconstruct
+from brecq_jax.solvers.second_order import SecondOrder, second_order
+
+
+def adaround(**settings) -> Solver:
+    """Each op on its own, plain squared error. Source: Nagel et al. 2020, https://arxiv.org/abs/2004.10568"""
+    return reconstruct(Reconstruction(unit="layer", error=squared_error, **settings))
+
+
+def brecq(**settings) -> Solver:
+    """Residual blocks, Fisher-weighted error. Source: Li et al. 2021, https://arxiv.org/abs/2102.05426"""
+    return reconstruct(Reconstruction(**settings))
+
+
+def genie(**settings) -> Solver:
+    """BRECQ's blocks with plain squared error; weight step sizes learned together with the rounding.
+
+    Source: Genie-M, Jeon et al. 2023, https://arxiv.org/abs/2212.04780, section 3.2: the integers of the two neighbours
+    stay, and the points move with their step size.
+    """
+    rounding = RectifiedSigmoid(scale_learning_rate=1e-4)
+    return reconstruct(Reconstruction(**{"error": squared_error, "rounding": rounding, **settings}))
+
+
+def qdrop(**settings) -> Solver:
+    """Weights and activation steps learned together, while each element's quantization is dropped half of the time.
+
+    Source: Wei et al. 2022, https://arxiv.org/abs/2203.05740, section 4: inside the block, and between the inputs that the
+    quantized prefix and the float model give. `drop_prob` is the probability of staying float (in their code, of the opposite).
+    """
+    return reconstruct(Reconstruction(**{"error": squared_error, "together": True, "drop_prob": 0.5, **settings}))
+
+
+def annealed(**settings) -> Solver:
+    """Ours, and what `quantize` does unless told otherwise: AdaRound's choice at two hundred times its rate, in few small batches.
+
+    Block by block; weight step sizes learned along, activations in the same loop with QDrop's coin. The error is in parts of
+    the target's energy and the penalty a mean, so that one regulariser serves every block
+    (colabs/04_inside_one_block.ipynb). It begins at the float weights; where no good guess should be thrown away, see `refined`.
+    """
+    defaults = dict(
+        error=relative_error, rounding=RectifiedSigmoid(regularizer=16.0, average=True, scale_learning_rate=3e-3), num_steps=1_000,
+        batch_size=8, learning_rate=0.2, together=True, drop_prob=0.5,
+    )  # fmt: skip
+    return reconstruct(Reconstruction(**{**defaults, **settings}))
+
+
+def refined(**settings) -> Solver:
+    """Second-order rounding, and from its codes on straight-through gradients for codes and step sizes, block by block.
+
+    There is no regulariser: what is run is always rounded. The best that was seen on held-out inputs is kept.
+    """
+    defaults = dict(
+        error=relative_error, start=SecondOrder(), rounding=StraightThrough(), num_steps=600, batch_size=8, learning_rate=1e-2,
+        together=True, drop_prob=0.5, checks=4, patience=4,
+    )  # fmt: skip
+    return reconstruct(Reconstruction(**{**defaults, **settings}))
+
+
+def by_name(name: str, **settings) -> Solver:
+    """What `--config.method` says: nearest, second_order, annealed, refined, adaround, brecq, genie, qdrop, or squared (BRECQ's blocks,
+    plain squared error). Settings are those of `Reconstruction`; nearest and second_order take none of them.
+
+    Raises:
+      ValueError: another name.
+    """
+    makers = {
+        "nearest": lambda **_: nearest(),
+        "second_order": lambda **_: second_order(),
+        "annealed": annealed,
+        "refined": refined,
+        "adaround": adaround,
+        "brecq": brecq,
+        "genie": genie,
+        "qdrop": qdrop,
+        "squared": lambda **given: reconstruct(Reconstruction(error=squared_error, **given)),
+    }
+    if name not in makers:
+        raise ValueError(f"There is no solver named {name!r}. Write one of {', '.join(makers)}.")
+    return makers[name](**settings)

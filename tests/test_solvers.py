@@ -1,0 +1,168 @@
+"""Roundings start where they should, and every named solver runs and keeps the best."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import solvers
+from brecq_jax._interpret import param_values
+from brecq_jax._model import Problem, dropped
+from brecq_jax._qarray import QArray, to_rows
+from brecq_jax._quantize import NO_PLAN
+from brecq_jax.formats import Uniform
+from brecq_jax.solvers import _loop
+from brecq_jax.solvers._walk import Unit, Walk
+from brecq_jax.solvers.reconstruct import _tail
+
+
+def a_guess(format, seed=0):
+    weight = jax.random.normal(jax.random.key(seed), (16, 6))
+    rows = to_rows(weight, (1,))
+    grid = format.fit(rows)
+    codes = format.encode(rows + 0.3 * jax.random.normal(jax.random.key(1), rows.shape), grid)  # not nearest
+    return QArray(codes.T, grid, format, (1,), str(weight.dtype)), rows
+
+
+FORMATS = [Uniform(2), Uniform(4, symmetric=True), Uniform(3, granularity=8), Uniform(2, granularity="per_tensor")]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_straight_through_starts_and_may_end_at_its_guess(format):
+    q, rows = a_guess(format)
+    rounding = solvers.StraightThrough()
+    variables, fixed = rounding.start(q, rows)
+    now, penalty = rounding.rows(format, variables, fixed, 0.0)
+    np.testing.assert_allclose(now, to_rows(q.decode(), (1,)), rtol=1e-5, atol=1e-6)
+    assert penalty == 0
+    np.testing.assert_array_equal(rounding.finish(q, variables, fixed, rows).codes, q.codes)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_the_rectified_sigmoid_starts_at_the_float_weight(format):
+    q, rows = a_guess(format)
+    rounding = solvers.RectifiedSigmoid()
+    variables, fixed = rounding.start(q, rows)
+    now, _ = rounding.rows(format, variables, fixed, 0.0)
+    inside = fixed["span"] > 0
+    np.testing.assert_allclose(jnp.where(inside, now, 0), jnp.where(inside, rows, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("rounding", [solvers.StraightThrough(), solvers.RectifiedSigmoid(scale_learning_rate=1e-3)], ids=["straight", "sigmoid"])
+def test_the_gradient_reaches_choices_and_step_sizes(rounding):
+    q, rows = a_guess(Uniform(3))
+    variables, fixed = rounding.start(q, rows)
+    gradients = jax.grad(lambda v: jnp.sum(rounding.rows(q.format, v, fixed, 0.0)[0] ** 2))(variables)
+    assert all(float(jnp.abs(g).sum()) > 0 for g in gradients.values()) and set(gradients) == {"choices", "scales"}
+
+
+def test_a_step_size_learned_is_the_one_that_is_stored():
+    q, rows = a_guess(Uniform(3))
+    rounding = solvers.StraightThrough()
+    variables, fixed = rounding.start(q, rows)
+    variables = {"choices": variables["choices"] + 0.4, "scales": variables["scales"] + 0.1}
+    hard, _ = rounding.rows(q.format, variables, fixed, 1.0)
+    np.testing.assert_allclose(to_rows(rounding.finish(q, variables, fixed, rows).decode(), (1,)), hard, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["annealed", "refined", "genie", "qdrop", "second_order"])
+def test_named_solvers_better_nearest_and_say_what_they_kept(digits, name):
+    settings = {} if name == "second_order" else {"num_steps": 100}
+    outputs = digits.model.apply(digits.variables, digits.test_images)
+
+    def error(solver):
+        q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=None, preset="brecq", solver=solver, progress=False)  # fmt: skip
+        return float(jnp.mean(jnp.square(q(digits.test_images) - outputs))), q.report
+
+    mine, report = error(solvers.by_name(name, **settings))
+    assert mine < 0.7 * error(solvers.nearest())[0]
+    for block in report.blocks:
+        assert block.error_after <= block.error_before
+
+
+def test_refinement_goes_below_its_start(digits):
+    q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=None, preset="brecq", solver=solvers.refined(num_steps=200), progress=False)  # fmt: skip
+    kept = [b.kept for b in q.report.blocks if b.solver == "rounding"]
+    assert any(kept)
+
+
+@pytest.mark.parametrize("whole_values", [False, True])
+def test_weights_and_activations_are_learned_together(digits, whole_values):
+    def error(**settings):
+        preset = "brecq" if whole_values else "uniform"
+        solver = solvers.annealed(num_steps=150, **settings)
+        q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=Uniform(2), preset=preset, solver=solver, progress=False)  # fmt: skip
+        return float(jnp.mean(jnp.square(q(digits.test_images) - digits.model.apply(digits.variables, digits.test_images)))), q
+
+    nearest = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=Uniform(2), preset="uniform", solver=solvers.nearest(), progress=False)  # fmt: skip
+    together, q = error()
+    assert {b.solver for b in q.report.blocks} == {"together"}
+    assert together < float(jnp.mean(jnp.square(nearest(digits.test_images) - digits.model.apply(digits.variables, digits.test_images))))
+    assert all(float(np.asarray(g.scale).min()) > 0 for g in q.activations.values())
+
+
+def test_a_coin_that_always_falls_one_way():
+    x, rounded = jnp.zeros(100), jnp.ones(100)
+    assert dropped(1.0, jax.random.key(0), x, rounded).sum() == 0 and dropped(0.0, jax.random.key(0), x, rounded).sum() == 100
+    assert 20 < dropped(0.5, jax.random.key(0), x, rounded).sum() < 80
+
+
+def test_a_relative_error_does_not_know_the_scale():
+    target, output = jax.random.normal(jax.random.key(0), (8, 5, 3)), jax.random.normal(jax.random.key(1), (8, 5, 3))
+    one, large = (solvers.relative_error(s * output, s * target, None) for s in (1.0, 1e3))
+    np.testing.assert_allclose(one, large, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(one), jnp.sum((output - target) ** 2) / jnp.sum(target**2), rtol=1e-5)
+
+
+def test_the_rest_of_the_net_gives_the_net(digits):
+    """What PD-Quant's term runs: the float blocks behind a unit, from its outputs."""
+    problem = Problem(digits.model.apply, digits.variables, NO_PLAN, digits.train_images[:64], 64)
+    walk = Walk(problem, batch_size=8)
+    np.testing.assert_allclose(walk.predictions, digits.model.apply(digits.variables, digits.train_images[:64]), rtol=1e-4, atol=1e-4)
+    settings = solvers.Reconstruction(prediction=solvers.Prediction(cost=float("inf")))
+    tails = 0
+    for n, block in enumerate(walk.blocks):
+        targets = walk.exact.outputs(block, param_values(walk.graph, block, walk.leaves))
+        tail = _tail(settings, walk, Unit(n, block, (), (), targets))
+        if tail:
+            params = [param_values(walk.drawn_graph, b, walk.leaves) for b in tail.blocks]
+            np.testing.assert_allclose(tail.run([t[:8] for t in targets], params), walk.predictions[:8], rtol=1e-4, atol=1e-4)
+            tails += 1
+        walk.exact.advance(block, targets)
+    assert tails == len(walk.blocks) - 1
+    free = solvers.Reconstruction(prediction=solvers.Prediction(cost=0.0))
+    assert _tail(free, walk, Unit(0, walk.blocks[0], (), (), targets)) is None
+
+
+def test_a_prediction_that_counts_is_learned_from(digits):
+    def learned(solver):
+        q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=None, solver=solver, progress=False)  # fmt: skip
+        images = digits.train_images[:256]
+        return float(jnp.mean(_loop.divergence(q(images), digits.model.apply(digits.variables, images))))
+
+    without, counted = (learned(solvers.annealed(num_steps=100, prediction=p)) for p in (None, solvers.Prediction(weight=3.0)))
+    assert counted != without and counted < 0.1 * learned(solvers.nearest())
+
+
+def test_bfloat16_products_learn_nearly_as_well(digits):
+    def error(**settings):
+        solver = solvers.annealed(num_steps=150, **settings)
+        q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=None, solver=solver, progress=False)  # fmt: skip
+        return float(jnp.mean(jnp.square(q(digits.test_images) - digits.model.apply(digits.variables, digits.test_images))))
+
+    full, half = error(), error(bfloat16=True)
+    assert half != full and half < 1.5 * full
+
+
+def test_the_best_that_was_seen_is_kept(digits):
+    """At a rate that spoils everything, the guess stays, and the loop ends early."""
+    solver = solvers.refined(num_steps=80, learning_rate=30.0, checks=8, patience=2)
+    q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:256], weights=Uniform(2), activations=None, solver=solver, progress=False)  # fmt: skip
+    for block in q.report.blocks:
+        assert block.error_after <= block.error_before
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(ValueError, match="refined"):
+        solvers.by_name("gptq")
