@@ -24,9 +24,9 @@ class Config:
     data: str = ""
     calibration: int = 64
     evaluation: int = 500
-    mirror: bool = True  # learn from the mirror images, too
+    mirror: bool = False  # learn from the mirror images, too
     method: str = "annealed"  # a name that `solvers.by_name` knows
-    num_steps: int = 100
+    num_steps: int = 60
     act_steps: int = 0  # 0: the method's own, where it has a phase for activations
     learning_rate: float = 0.0  # 0: the method's own
     preset: str = "brecq"

@@ -7,6 +7,7 @@ of factors on the guess's step sizes, so that these stay positive. Points of a f
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ class RectifiedSigmoid:
         """The published loops keep the rate."""
         return optax.constant_schedule(learning_rate)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def start(self, q: QArray, rows):
         codes = q.format.neighbors(rows, q.grid)
         low, high = (q.format.decode(c, q.grid) for c in codes)
@@ -72,6 +74,7 @@ class RectifiedSigmoid:
         penalty = jnp.where(progress < self.warmup, 0.0, self.regularizer) * penalty
         return _scaled(fixed["low"] + h * fixed["span"], variables), penalty
 
+    @functools.partial(jax.jit, static_argnums=0)
     def finish(self, q: QArray, variables, fixed, rows) -> QArray:
         low, high = q.format.neighbors(rows, q.grid)
         return _finish(q, jnp.where(variables["choices"] >= 0, high, low), variables)
@@ -92,6 +95,7 @@ class StraightThrough:
         """Down to zero, so that codes come to rest."""
         return optax.cosine_decay_schedule(learning_rate, steps)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def start(self, q: QArray, rows):
         codes = to_rows(q.codes, q.channel_axes)
         unit = 1 / q.grid.scale
@@ -110,6 +114,7 @@ class StraightThrough:
         hard = format.decode(format.encode(jax.lax.stop_gradient(inside), grid), grid)
         return _scaled(inside + jax.lax.stop_gradient(hard - inside), variables), 0.0
 
+    @functools.partial(jax.jit, static_argnums=0)
     def finish(self, q: QArray, variables, fixed, rows) -> QArray:
         values = by_group(jnp.clip(variables["choices"], *fixed["ends"]), q.grid.scale)
         return _finish(q, q.format.encode(values, q.grid), variables)

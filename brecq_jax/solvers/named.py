@@ -40,13 +40,13 @@ def qdrop(**settings) -> Solver:
 def annealed(**settings) -> Solver:
     """Ours, and what `quantize` does unless told otherwise: AdaRound's choice at two hundred times its rate, in few small batches.
 
-    Block by block; weight step sizes learned along, activations in the same loop with QDrop's coin. The error is in parts of
+    Block by block; weight step sizes learned along, activations in the same loop. The error is in parts of
     the target's energy and the penalty a mean, so that one regulariser serves every block
     (colabs/04_inside_one_block.ipynb). It begins at the float weights; where no good guess should be thrown away, see `refined`.
     """
     defaults = dict(
         error=relative_error, rounding=RectifiedSigmoid(regularizer=16.0, average=True, scale_learning_rate=3e-3), num_steps=1_000,
-        batch_size=8, learning_rate=0.2, together=True, drop_prob=0.5,
+        batch_size=8, learning_rate=0.2, together=True,
     )  # fmt: skip
     return reconstruct(Reconstruction(**{**defaults, **settings}))
 
