@@ -60,7 +60,7 @@ class RectifiedSigmoid:
     def start(self, q: QArray, rows):
         codes = q.format.neighbors(rows, q.grid)
         low, high = (q.format.decode(c, q.grid) for c in codes)
-        span = high - low
+        span = jnp.where(codes[0] == codes[1], 0, high - low)  # exactly, also where the compiler fuses the products
         share = jnp.where(span > 0, (rows - low) / jnp.where(span > 0, span, 1), 0.5)
         variables = {"choices": inverse_choice(jnp.clip(share, 0, 1))}
         return variables | _scales(self, q.grid), {"low": low, "span": span}
