@@ -128,9 +128,9 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     positions = learned_outputs(walk.drawn_graph, block)
     static = Static(block.program, settings, steps, walk.batch_size, positions, formats, whole_values, written, tuple(variables), tail)
     data, drawn = _data(settings, walk, unit, tail)
-    show = functools.partial(walk.problem.show, total=steps, text=f"{block.name}")
+    show = functools.partial(walk.problem.show, total=steps, text=block.name)
     best, least, waited = current, math.inf, 0
-    for found in loop(static, variables, arguments, data, drawn, jax.random.fold_in(key, unit.number), lambda done: show(done)):
+    for found in loop(static, variables, arguments, data, drawn, jax.random.fold_in(key, unit.number), show):
         candidate = model(found)
         error = walk.judge(unit, candidate)
         best, least, waited = (candidate, error, 0) if error < least else (best, least, waited + 1)
