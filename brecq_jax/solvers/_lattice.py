@@ -18,7 +18,6 @@ SWEEPS = 50  # of coordinate descent at most
 SEARCHED_BITS = 4  # above, points lie so close that neither width nor range is worth a search
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def search(
     format: ScalarFormat,
     damping: float,
@@ -31,40 +30,53 @@ def search(
     """The best rows that are found, and their grid, beginning with the rows `found` on `grid`.
 
     `damping` pulls towards `weight`, in means of the Gram matrix's diagonal. Step sizes move where each channel has its own.
+    Its parts are compiled one by one: what the attempts share is compiled once.
     """
-    groups, elements = gram.shape[0], gram.shape[-1]
-    pull = damping * jnp.mean(jnp.diagonal(gram, axis1=1, axis2=2), -1)[:, None, None] + 1e-12
-    split = lambda a: a.reshape(groups, -1, *a.shape[1:])  # noqa: E731
     own_scale = grid.scale.shape[0] == weight.shape[0]
-    full = jax.tree.map(lambda g: split(jnp.broadcast_to(g, (weight.shape[0], *g.shape[1:]))), grid)
-    one_group = functools.partial(_search, format, own_scale)
-    found, full = jax.vmap(one_group)(gram + pull * jnp.eye(elements), split(cross) + pull * split(weight), full, split(found))
-    if own_scale:
-        grid = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), full)
-    return found.reshape(weight.shape), grid
-
-
-def _search(format: ScalarFormat, own_scale: bool, gram, cross, grid: Grid, found):
-    order = jnp.argsort(-jnp.diagonal(gram))  # the heaviest column first, so that the light ones make good its error
-    system = _triangle(gram[order][:, order], cross[:, order]), order
+    gram, cross, system, full, found = _prepare(damping, gram, cross, grid, weight, found)
     small = format.bits <= SEARCHED_BITS
-    best = _descend(format, gram, cross, grid, found), grid
+    best = _descend(format, gram, cross, full, found), full
 
     def attempt(best, grid, width):
-        rows = _descend(format, gram, cross, grid, _widest(format, system, grid, width))
+        rows = _descend(format, gram, cross, grid, _widest(format, width, system, grid))
         return _better(gram, cross, best, (rows, grid))
 
     if not own_scale:
-        return attempt(best, grid, WIDE if small else 1)
+        best = attempt(best, full, WIDE if small else 1)
+        return best[0].reshape(weight.shape), grid
     if small:
-        best, _ = jax.lax.scan(lambda best, other: (attempt(best, other, NARROW), None), best, format.grids_near(grid))
+        others = format.grids_near(full)
+        for n in range(jax.tree.leaves(others)[0].shape[0]):
+            best = attempt(best, jax.tree.map(lambda g: g[n], others), NARROW)
+    for _ in range(RESCALES):
+        best = _better(gram, cross, best, _rescale(gram, cross, best[1], best[0]))
+        best = attempt(best, best[1], WIDE if small else 1)
+    return best[0].reshape(weight.shape), jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), best[1])
 
-    def rescale(_, best):
-        rows, scaled = _rescale(gram, cross, best[1], best[0])
-        best = _better(gram, cross, best, (rows, scaled))
-        return attempt(best, best[1], WIDE if small else 1)
 
-    return jax.lax.fori_loop(0, RESCALES, rescale, best)
+def _each_group(*static: int):
+    """Compiles a function of one group for all groups at once; `static` are positions of arguments that are no arrays."""
+
+    def compile(one):
+        def all_groups(*arguments):
+            fixed = {n: arguments[n] for n in static}
+            arrays = [a for n, a in enumerate(arguments) if n not in fixed]
+            return jax.vmap(lambda *a: one(*fixed.values(), *a))(*arrays)
+
+        return functools.wraps(one)(jax.jit(all_groups, static_argnums=static))
+
+    return compile
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepare(damping: float, gram, cross, grid: Grid, weight, found):
+    """((Gram, U, order, rows at the continuous minimum), cross, grid, found), all with groups first, damped."""
+    groups, elements = gram.shape[0], gram.shape[-1]
+    pull = damping * jnp.mean(jnp.diagonal(gram, axis1=1, axis2=2), -1)[:, None, None] + 1e-12
+    split = lambda a: a.reshape(groups, -1, *a.shape[1:])  # noqa: E731
+    full = jax.tree.map(lambda g: split(jnp.broadcast_to(g, (weight.shape[0], *g.shape[1:]))), grid)
+    gram, cross = gram + pull * jnp.eye(elements), split(cross) + pull * split(weight)
+    return gram, cross, jax.vmap(_triangle)(gram, cross), full, split(found)
 
 
 def value(gram, cross, rows):
@@ -72,6 +84,7 @@ def value(gram, cross, rows):
     return jnp.sum(rows * (rows @ gram - 2 * cross), -1)
 
 
+@_each_group()
 def _better(gram, cross, one, other):
     """Of two (rows, grid) the better, row by row."""
     wins = value(gram, cross, other[0]) < value(gram, cross, one[0])
@@ -79,11 +92,16 @@ def _better(gram, cross, one, other):
 
 
 def _triangle(gram, cross):
-    """(rows at the continuous minimum, U) with H⁻¹ = UᵀU: what a column that is rounded leaves for the later ones."""
+    """(rows at the continuous minimum, U, order): H⁻¹ = UᵀU is what a column that is rounded leaves for the later ones.
+
+    The heaviest column comes first, so that the light ones make good its error.
+    """
+    order = jnp.argsort(-jnp.diagonal(gram))
+    gram, cross = gram[order][:, order], cross[:, order]
     factor = jnp.linalg.cholesky(gram)
     rows = jax.scipy.linalg.cho_solve((factor, True), cross.T).T
     inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(gram)))
-    return rows, jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    return rows, jnp.linalg.cholesky((inverse + inverse.T) / 2).T, order
 
 
 def _own_grid(grid: Grid, column, elements: int):
@@ -92,14 +110,15 @@ def _own_grid(grid: Grid, column, elements: int):
     return jax.tree.map(lambda g: jax.lax.dynamic_index_in_dim(g, group, 1), grid)
 
 
-def _widest(format: ScalarFormat, system, grid: Grid, width: int):
+@_each_group(0, 1)
+def _widest(format: ScalarFormat, width: int, system, grid: Grid):
     """Round column by column; the columns that are left make good the error; the `width` best beginnings of each row live on.
 
     Rounding column k from v to p adds (v − p)² / U_kk² to the quadratic, whatever follows. With width 1 and the nearest
     point this is GPTQ, https://arxiv.org/abs/2210.17323, eq. 2 and 3 (Babai's nearest plane); with more, the K-best
     lattice decoder, Guo and Nilsson 2006, https://doi.org/10.1109/JSAC.2005.862402, with both neighbours as children.
     """
-    (rows, upper), order = system
+    rows, upper, order = system
     channels, elements = rows.shape
     size = min(COLUMNS, elements)
     pad = -elements % size
@@ -142,6 +161,7 @@ def _widest(format: ScalarFormat, system, grid: Grid, width: int):
     return rows[:, 0, :elements][:, jnp.argsort(order)]
 
 
+@_each_group(0)
 def _descend(format, gram, cross, grid, found):
     """Change one code at a time to the best it can be, until no single change helps."""
     elements, alone = gram.shape[0], format.of_group()
@@ -185,6 +205,7 @@ def _descend(format, gram, cross, grid, found):
     return found[:, :elements]
 
 
+@_each_group()
 def _rescale(gram, cross, grid: Grid, found):
     """The best step size for the codes that are there, one group of elements after the other."""
     channels, parts = grid.scale.shape[:2]

@@ -71,8 +71,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
                 part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments)
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
             gram, cross, count = total
-            arguments = _on_host((gram / count, cross / count, grid, weight, found))
-            found, grid = jax.device_put(_lattice.search(q.format, settings.damping, *arguments), weight.sharding)
+            found, grid = _searched(q.format, settings.damping, gram / count, cross / count, grid, weight, found)
             params[local.weight] = from_rows(found, q.shape, q.channel_axes).astype(q.dtype)
             if math.isinf(to.low):
                 break
@@ -81,6 +80,9 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
     return current.with_weights(learned, walk.graph)
 
 
-def _on_host(arrays):
-    """The search takes a column after the other, thousands of small steps that a CPU does as fast as an accelerator starts them."""
-    return arrays if jax.default_backend() == "cpu" else jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
+def _searched(format, damping: float, *arrays):
+    """The search takes a column after the other: thousands of small steps, which a CPU does as fast as an accelerator starts them."""
+    if jax.default_backend() == "cpu":
+        return _lattice.search(format, damping, *arrays)
+    host = jax.device_put(arrays, jax.local_devices(backend="cpu")[0])
+    return jax.device_put(_lattice.search(format, damping, *host), arrays[0].sharding)
