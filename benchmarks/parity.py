@@ -54,8 +54,7 @@ def made_up_image(name: str) -> np.ndarray:
 
 def networks(brecq: str, cifar: str, **lite) -> dict[str, dict[str, Callable]]:
     """By our name and by source: what builds the PyTorch network. `lite`: for efficientnet_lite_pytorch's."""
-    global declared
-    declared = _declare_torchvision_ops()  # they vanish with it
+    _declare_torchvision_ops()
     import efficientnet_lite_pytorch
     import timm
     import torchvision
@@ -87,6 +86,7 @@ def networks(brecq: str, cifar: str, **lite) -> dict[str, dict[str, Callable]]:
     return found
 
 
+@functools.cache  # which keeps the library, and with it the ops
 def _declare_torchvision_ops():
     """torchvision wants the ops of its compiled half, which is for one version of torch. No network here calls them."""
     import torch

@@ -76,13 +76,15 @@ def by_stage(prefix: str, first: int, repeats: Sequence[int]) -> list[list[str]]
     return [[f"{prefix}_{n}" for n in range(start, stop)] for start, stop in itertools.pairwise(ends)]
 
 
-def timm_blocks(stages: Sequence[Sequence[str]]) -> Naming:
-    """timm's names of inverted residuals. `stages`: the blocks' Flax names; those of the first have no expansion."""
+def timm_names(stages: Sequence[Sequence[str]]) -> Naming:
+    """timm's names of a net of inverted residuals. `stages`: the blocks' Flax names; those of the first do not expand."""
+    ends = [("^stem/", "conv_stem."), ("^stem_bn/", "bn1."), ("^head/", "conv_head."), ("^head_bn/", "bn2.")]
     numbers = [(f"^{block}/", f"blocks.{s}.{i}.") for s, stage in enumerate(stages) for i, block in enumerate(stage)]
     plain = {"depthwise": "conv_dw", "depthwise_bn": "bn1", "project": "conv_pw", "project_bn": "bn2"}
     full = {
         "expand": "conv_pw", "expand_bn": "bn1", "depthwise": "conv_dw", "depthwise_bn": "bn2",
         "project": "conv_pwl", "project_bn": "bn3",
     }  # fmt: skip
-    layers = [(rf"^(blocks\.0\.\d+\.){here}/", rf"\1{there}.") for here, there in plain.items()]
-    return (*numbers, *layers, *((rf"^(blocks\.\d+\.\d+\.){here}/", rf"\1{there}.") for here, there in full.items()))
+    first = [(rf"^(blocks\.0\.\d+\.){here}/", rf"\1{there}.") for here, there in plain.items()]
+    others = [(rf"^(blocks\.\d+\.\d+\.){here}/", rf"\1{there}.") for here, there in full.items()]
+    return (*ends, *numbers, *first, *others)

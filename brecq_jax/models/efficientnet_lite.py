@@ -9,7 +9,7 @@ import math
 import flax.linen as nn
 import jax
 
-from brecq_jax.models._layout import Naming, by_stage, timm_blocks
+from brecq_jax.models._layout import Naming, by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
 
 # Repeats, kernel, stride, expansion, channels of each stage.
@@ -84,23 +84,23 @@ def efficientnet_lite(variant: int = 0, classes: int = 1000) -> EfficientNetLite
     return EfficientNetLite(classes, width, depth)
 
 
-def preprocessing(variant: int = 0) -> Preprocessing:
+def preprocessing(variant: int) -> Preprocessing:
     """The variant's image side, of which 32 pixels are cut, and (x − 127) / 128."""
     side = VARIANTS[variant][2]
     return Preprocessing(side, side / (side + 32), "bicubic", (127.0,) * 3, (128.0,) * 3)
 
 
-def namings(variant: int = 0) -> dict[str, Naming]:
+def namings(variant: int) -> dict[str, Naming]:
     """The tensors' names in PyPI's efficientnet_lite_pytorch, and in timm, whose blocks are counted by stage."""
-    stages = by_stage("blocks", 0, _repeats(VARIANTS[variant][1]))
     return {
         "efficientnet_lite_pytorch": (
             ("^stem/", "_conv_stem."), ("^stem_bn/", "_bn0."), ("^head/", "_conv_head."), ("^head_bn/", "_bn1."), ("^classifier/", "_fc."),
             (r"^blocks_(\d+)", r"_blocks.\1"), ("/expand_bn/", "._bn0."), ("/depthwise_bn/", "._bn1."), ("/project_bn/", "._bn2."),
             ("/(expand|depthwise|project)/", r"._\1_conv."),
         ),
-        "timm": (("^stem/", "conv_stem."), ("^stem_bn/", "bn1."), ("^head/", "conv_head."), ("^head_bn/", "bn2."), *timm_blocks(stages)),
+        "timm": timm_names(by_stage("blocks", 0, _repeats(VARIANTS[variant][1]))),
     }  # fmt: skip
 
 
-SIZE, CROP, normalize = preprocessing().size, preprocessing().crop, preprocessing().normalize
+PREPROCESSING = preprocessing(0)
+SIZE, CROP, normalize = PREPROCESSING.size, PREPROCESSING.crop, PREPROCESSING.normalize

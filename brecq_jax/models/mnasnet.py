@@ -6,7 +6,7 @@ Source: Tan et al. 2019, https://arxiv.org/abs/1807.11626; B1's stages: TensorFl
 import flax.linen as nn
 import jax
 
-from brecq_jax.models._layout import by_stage, timm_blocks
+from brecq_jax.models._layout import by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models.mobilenet_v2 import InvertedResidual, channels, conv, norm
 
@@ -69,5 +69,5 @@ def _torchvision():
 
 NAMINGS = {
     "torchvision and BRECQ": _torchvision(),
-    "timm": (("^stem/", "conv_stem."), ("^stem_bn/", "bn1."), ("^head/", "conv_head."), ("^head_bn/", "bn2."), *timm_blocks(BLOCKS)),
+    "timm": timm_names(BLOCKS),
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from brecq_jax.models._layout import Naming, by_stage, timm_blocks
+from brecq_jax.models._layout import Naming, by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
 
 # Expansion, channels, repeats, stride of each stage.
@@ -97,7 +97,7 @@ NAMINGS = {
     "torchvision": _numbered(("0.0", "0.1", "1", "2"), ("0.0", "0.1", "1.0", "1.1", "2", "3")),
     "BRECQ": _numbered(("0", "1", "3", "4"), ("0", "1", "3", "4", "6", "7")),
     "timm": (
-        ("^features_0/conv/", "conv_stem."), ("^features_0/bn/", "bn1."), ("^features_18/conv/", "conv_head."), ("^features_18/bn/", "bn2."),
-        *timm_blocks(by_stage("features", 1, [repeats for _, _, repeats, _ in STAGES])),
+        ("^features_0/conv/", "stem/"), ("^features_0/bn/", "stem_bn/"), ("^features_18/conv/", "head/"), ("^features_18/bn/", "head_bn/"),
+        *timm_names(by_stage("features", 1, [repeats for _, _, repeats, _ in STAGES])),
     ),
 }  # fmt: skip
