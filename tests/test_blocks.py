@@ -7,9 +7,12 @@ import pytest
 
 import brecq_jax
 from brecq_jax._blocks import MOST_OPS, partition
+from brecq_jax.models.architectures import ARCHITECTURES
 from brecq_jax.models.bert import Bert
 from brecq_jax.models.efficientnet_lite import EfficientNetLite
+from brecq_jax.models.mnasnet import MNasNet
 from brecq_jax.models.mobilenet_v2 import MobileNetV2
+from brecq_jax.models.regnet import regnetx_600mf, regnetx_3200mf
 from brecq_jax.models.resnet import resnet18, resnet50
 from brecq_jax.models.resnet_cifar import ResNetCifar
 from brecq_jax.models.vit import ViT
@@ -47,8 +50,31 @@ def test_efficientnet_lite_is_cut_into_inverted_residuals():
     assert sizes(cut(EfficientNetLite(), 64, 64, 3)) == [1, 2, *[3] * 15, 1, 1]
 
 
+def test_mnasnet_is_cut_into_inverted_residuals():
+    # The separable convolution, then 16 inverted residuals, with a shortcut or without.
+    assert sizes(cut(MNasNet(), 64, 64, 3)) == [1, 2, *[3] * 16, 1, 1]
+
+
+@pytest.mark.parametrize(("build", "repeats"), [(regnetx_600mf, (1, 3, 5, 7)), (regnetx_3200mf, (2, 6, 15, 2))])
+def test_regnets_are_cut_into_their_bottlenecks(build, repeats):
+    # Three convolutions, and a projection in the first block of each stage.
+    expected = [4 if i == 0 else 3 for n in repeats for i in range(n)]
+    assert sizes(cut(build(), 64, 64, 3)) == [1, *expected, 1]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_block_is_one_module_of_the_network(name):
+    """A residual block, an inverted residual, the attention or MLP half of an encoder block, or a layer of its own."""
+    blocks, notes = cut(ARCHITECTURES[name].build(), 64, 64, 3)
+    modules = [{"/".join(op.weight.split("/")[:-2]) or op.weight for op in b.ops} for b in blocks]
+    assert [len(m) for m in modules] == [1] * len(blocks)
+    assert len(set.union(*modules)) == len(blocks)
+    assert not notes
+
+
 def test_vit_is_cut_into_attention_and_mlp_halves():
-    assert sizes(cut(ViT(depth=2), 32, 32, 3)) == [1, 4, 2, 4, 2, 1]
+    # Queries, keys and values are one dense layer.
+    assert sizes(cut(ViT(depth=2), 32, 32, 3)) == [1, 2, 2, 2, 2, 1]
 
 
 def test_bert_is_cut_into_attention_and_mlp_halves():

@@ -1,28 +1,44 @@
 """Flax models, and readers for the PyTorch weights that people have."""
 
+from brecq_jax.models._preprocessing import Preprocessing
+from brecq_jax.models._safetensors import read_safetensors
 from brecq_jax.models._torch_files import read_torch
+from brecq_jax.models.architectures import ARCHITECTURES, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
 from brecq_jax.models.bert import Bert
 from brecq_jax.models.digits import DigitsNet, train_digits
-from brecq_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite, load_efficientnet_lite0
+from brecq_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite
+from brecq_jax.models.mnasnet import MNasNet
 from brecq_jax.models.mobilenet_v2 import MobileNetV2
-from brecq_jax.models.resnet import ResNet, resnet18, resnet34, resnet50
-from brecq_jax.models.resnet_cifar import ResNetCifar, load_resnet_cifar
+from brecq_jax.models.regnet import RegNet, regnet_stages, regnetx_600mf, regnetx_3200mf
+from brecq_jax.models.resnet import ResNet, resnet18, resnet34, resnet50, resnet101
+from brecq_jax.models.resnet_cifar import ResNetCifar
 from brecq_jax.models.vit import ViT
 
 __all__ = [
+    "ARCHITECTURES",
+    "Architecture",
     "Bert",
     "DigitsNet",
     "EfficientNetLite",
+    "MNasNet",
     "MobileNetV2",
+    "Preprocessing",
+    "RegNet",
     "ResNet",
     "ResNetCifar",
     "ViT",
     "efficientnet_lite",
     "load_efficientnet_lite0",
+    "load_pretrained",
     "load_resnet_cifar",
+    "read_safetensors",
     "read_torch",
+    "regnet_stages",
+    "regnetx_600mf",
+    "regnetx_3200mf",
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
     "train_digits",
 ]

@@ -1,6 +1,8 @@
-"""PyTorch tensors into Flax variables: one table for all models."""
+"""PyTorch tensors into Flax variables: one table for all models, and one list of renamings for each source's names."""
 
-from collections.abc import Callable, Mapping
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,40 +14,77 @@ LEAVES = {
     ("params", "kernel", 2): ("weight", (1, 0)),
     ("params", "bias", 1): ("bias", (0,)),
     ("params", "scale", 1): ("weight", (0,)),
+    ("params", "class_token", 3): ("class_token", (0, 1, 2)),
+    ("params", "position", 3): ("position", (0, 1, 2)),
     ("batch_stats", "mean", 1): ("running_mean", (0,)),
     ("batch_stats", "var", 1): ("running_var", (0,)),
 }
 IGNORED = "num_batches_tracked"
 
+# (regular expression, replacement) pairs, applied in order to a path such as `layer1_0/conv1/weight`: the Flax modules,
+# then what the tensor is called there. The slashes that are left become dots.
+Naming = Sequence[tuple[str, str]]
 
-def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, rename: Callable[[str], str]) -> Any:
+
+def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming], where: str) -> Any:
     """Flax variables out of PyTorch tensors.
 
     Args:
       abstract: the variables' shapes, as `jax.eval_shape(model.init, …)` gives.
-      rename: Flax module path (`blocks_0/expand`) -> PyTorch module path (`_blocks.0._expand_conv`).
+      namings: by source. The one with the most names in common with `tensors` is taken.
+      where: what to call the tensors in errors.
 
     Raises:
       ValueError: the tensors that are missing, unexpected or of another shape, all of them.
     """
-    unused = {n for n in tensors if not n.endswith(IGNORED)}
-    missing, misshapen = [], []
+    leaves, treedef = jax.tree.flatten_with_path(abstract)
+    found = {n for n in tensors if not n.endswith(IGNORED)}
+    names = {source: [_name(path, leaf, naming) for path, leaf in leaves] for source, naming in namings.items()}
+    source = max(names, key=lambda s: len(found.intersection(names[s])))
+    values, misshapen = [], []
+    for name, (path, leaf) in zip(names[source], leaves, strict=True):
+        if name in tensors:
+            axes = _place(path, leaf)[1]
+            there = tuple(leaf.shape[axes.index(i)] for i in range(len(axes)))
+            if tensors[name].shape == there:
+                values.append(np.asarray(tensors[name], np.float32).transpose(axes))
+            else:
+                misshapen.append(f"{name} {tensors[name].shape}, expected {there}")
+    missing = [n for n in names[source] if n not in tensors]
+    unexpected = sorted(found.difference(names[source]))
+    if missing or unexpected or misshapen:
+        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        told = "; ".join(f"{what}: {', '.join(wrong)}" for what, wrong in parts if wrong)
+        raise ValueError(f"{where}: the checkpoint is of another model. By the names of {source}: {told}")
+    return jax.tree.unflatten(treedef, values)
 
-    def take(path, leaf):
-        collection, *modules, name = (k.key for k in path)
-        there, axes = LEAVES[collection, name, len(leaf.shape)]
-        source = f"{rename('/'.join(modules))}.{there}"
-        if source not in tensors:
-            missing.append(source)
-            return leaf
-        unused.discard(source)
-        value = np.asarray(tensors[source], np.float32).transpose(axes)
-        if value.shape != leaf.shape:
-            misshapen.append(f"{source} {tensors[source].shape}, expected {leaf.shape} after {axes}")
-        return value
 
-    variables = jax.tree.map_with_path(take, abstract)
-    if missing or unused or misshapen:
-        parts = (("missing", missing), ("unexpected", sorted(unused)), ("of another shape", misshapen))
-        raise ValueError("the checkpoint is of another model. " + "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names))
-    return variables
+def _place(path, leaf) -> tuple[str, tuple[int, ...]]:
+    return LEAVES[path[0].key, path[-1].key, len(leaf.shape)]
+
+
+def _name(path, leaf, naming: Naming) -> str:
+    name = "/".join([*(k.key for k in path[1:-1]), _place(path, leaf)[0]])
+    for pattern, replacement in naming:
+        name = re.sub(pattern, replacement, name)
+    return name.replace("/", ".")
+
+
+def by_stage(prefix: str, first: int, repeats: Sequence[int]) -> list[list[str]]:
+    """Names of blocks that are counted in one row, from `first`, by stage."""
+    ends = itertools.accumulate(repeats, initial=first)
+    return [[f"{prefix}_{n}" for n in range(start, stop)] for start, stop in itertools.pairwise(ends)]
+
+
+def timm_names(stages: Sequence[Sequence[str]]) -> Naming:
+    """timm's names of a net of inverted residuals. `stages`: the blocks' Flax names; those of the first do not expand."""
+    ends = [("^stem/", "conv_stem."), ("^stem_bn/", "bn1."), ("^head/", "conv_head."), ("^head_bn/", "bn2.")]
+    numbers = [(f"^{block}/", f"blocks.{s}.{i}.") for s, stage in enumerate(stages) for i, block in enumerate(stage)]
+    plain = {"depthwise": "conv_dw", "depthwise_bn": "bn1", "project": "conv_pw", "project_bn": "bn2"}
+    full = {
+        "expand": "conv_pw", "expand_bn": "bn1", "depthwise": "conv_dw", "depthwise_bn": "bn2",
+        "project": "conv_pwl", "project_bn": "bn3",
+    }  # fmt: skip
+    first = [(rf"^(blocks\.0\.\d+\.){here}/", rf"\1{there}.") for here, there in plain.items()]
+    others = [(rf"^(blocks\.\d+\.\d+\.){here}/", rf"\1{there}.") for here, there in full.items()]
+    return (*ends, *numbers, *first, *others)

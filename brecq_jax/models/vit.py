@@ -7,6 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from brecq_jax.models._preprocessing import Preprocessing
+
+# timm's weights; torchvision's ViT-B/16 was trained with 0.875 of the short side, bilinear, ImageNet's mean and deviation.
+PREPROCESSING = Preprocessing(224, 0.9, "bicubic", (127.5,) * 3, (127.5,) * 3)
+
 
 class Mlp(nn.Module):
     """Two dense layers with GELU between them. (…, features) to the same."""
@@ -18,6 +23,18 @@ class Mlp(nn.Module):
         return nn.Dense(x.shape[-1], name="fc2")(jax.nn.gelu(nn.Dense(self.hidden, name="fc1")(x), approximate=False))
 
 
+class Attention(nn.Module):
+    """Tokens attend to each other. (b, t, features) to the same; queries, keys and values are one dense layer."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        qkv = nn.Dense(3 * x.shape[-1], name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
+        return nn.Dense(x.shape[-1], name="proj")(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+
+
 class EncoderBlock(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)). Tokens (b, t, features) to the same."""
 
@@ -27,7 +44,7 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         y = nn.LayerNorm(epsilon=1e-6, name="norm1")(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attn")(y)
+        x = x + Attention(self.heads, name="attn")(y)
         return x + Mlp(self.mlp_features, name="mlp")(nn.LayerNorm(epsilon=1e-6, name="norm2")(x))
 
 
@@ -53,3 +70,15 @@ class ViT(nn.Module):
         for i in range(self.depth):
             x = EncoderBlock(self.heads, self.mlp_features, name=f"blocks_{i}")(x)
         return nn.Dense(self.classes, name="head")(nn.LayerNorm(epsilon=1e-6, name="norm")(x)[:, 0])
+
+
+TORCHVISION = (
+    ("^position$", "encoder.pos_embedding"), ("^patch_embed/", "conv_proj."), ("^norm/", "encoder.ln."), ("^head/", "heads.head."),
+    (r"^blocks_(\d+)", r"encoder.layers.encoder_layer_\1"), ("/norm", ".ln_"),
+    ("/attn/qkv/", ".self_attention.in_proj_"), ("/attn/proj/", ".self_attention.out_proj."),
+)  # fmt: skip
+NAMINGS = {
+    "timm": (("^class_token$", "cls_token"), ("^position$", "pos_embed"), ("^patch_embed/", "patch_embed.proj."), (r"^blocks_(\d+)", r"blocks.\1")),
+    "torchvision": (*TORCHVISION, ("/fc1/", ".0."), ("/fc2/", ".3.")),
+    "torchvision's released file": (*TORCHVISION, ("/fc", ".linear_")),  # saved before the layers were counted
+}

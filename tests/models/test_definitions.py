@@ -1,14 +1,11 @@
-"""The networks that have no weights here: their size is the published one, and their parts have the right names."""
+"""The networks' size is the published one, and their parts have the right names."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brecq_jax.models.bert import Bert
-from brecq_jax.models.mobilenet_v2 import MobileNetV2
-from brecq_jax.models.resnet import ResNet, resnet18, resnet34, resnet50
-from brecq_jax.models.vit import ViT
+from brecq_jax.models import ARCHITECTURES, Bert, MNasNet, MobileNetV2, RegNet, ResNet, ViT, regnet_stages
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
@@ -18,33 +15,42 @@ def paths(params):
 
 
 @pytest.mark.parametrize(
-    ("model", "count", "path"),
+    ("name", "count", "path"),
     [
-        (resnet18(), 11_689_512, "layer2_0/downsample_conv/kernel"),
-        (resnet34(), 21_797_672, "layer3_5/conv2/kernel"),
-        (resnet50(), 25_557_032, "layer1_0/conv3/kernel"),
-        (MobileNetV2(), 3_504_872, "features_2/expand/kernel"),
-        (ViT(), 5_717_416, "blocks_0/attn/query/kernel"),
+        ("resnet18", 11_689_512, "layer2_0/downsample_conv/kernel"),
+        ("resnet34", 21_797_672, "layer3_5/conv2/kernel"),
+        ("resnet50", 25_557_032, "layer1_0/conv3/kernel"),
+        ("resnet101", 44_549_160, "layer3_22/conv3/kernel"),
+        ("mobilenet_v2", 3_504_872, "features_2/expand/kernel"),
+        ("regnetx_600mf", 6_196_040, "stage4_6/b/kernel"),
+        ("regnetx_3200mf", 15_296_552, "stage3_0/proj/kernel"),
+        ("mnasnet1_0", 4_383_312, "blocks_16/project/kernel"),
+        ("mnasnet2_0", 12_469_944, "blocks_0/depthwise/kernel"),
+        ("vit_ti16", 5_717_416, "blocks_0/attn/qkv/kernel"),
+        ("vit_s16", 22_050_664, "blocks_11/mlp/fc2/kernel"),
+        ("vit_b16", 86_567_656, "blocks_11/attn/proj/kernel"),
     ],
-    ids=["resnet18", "resnet34", "resnet50", "mobilenet_v2", "vit_ti16"],
 )
-def test_the_number_of_parameters_is_the_published_one(model, count, path):
-    """Counts: torchvision's documentation of the weights; ViT-Ti/16: timm's vit_tiny_patch16_224."""
-    params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)["params"]
+def test_the_number_of_parameters_is_the_published_one(name, count, path):
+    """Counts: torchvision's documentation of the weights; regnetx_600mf, ViT-Ti and -S: timm 1.0.31; mnasnet2_0: the
+    official BRECQ release, in torch 2.13.0."""
+    params = jax.eval_shape(ARCHITECTURES[name].build().init, jax.random.key(0), IMAGE)["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == count
     assert path in paths(params)
 
 
 @pytest.mark.parametrize(
     "model",
-    [ResNet((1, 1), width=8, classes=5), MobileNetV2(width=0.1, classes=5), ViT(16, 16, 1, 2, 32, 5)],
-    ids=["resnet", "mobilenet_v2", "vit"],
+    [
+        ResNet((1, 1), width=8, classes=5), MobileNetV2(width=0.1, classes=5), MNasNet(0.1, 5), RegNet(((8, 1, 4),), 5),
+        ViT(16, 16, 1, 2, 32, 5),
+    ],  # fmt: skip
+    ids=["resnet", "mobilenet_v2", "mnasnet", "regnet", "vit"],
 )
-def test_images_become_finite_logits(model):
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-    logits = jax.jit(model.apply)(variables, jax.random.normal(jax.random.key(1), (2, 32, 32, 3)))
-    assert logits.shape == (2, 5)
-    assert np.all(np.isfinite(logits))
+def test_width_and_classes_are_the_users(model):
+    batch = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), batch)
+    assert jax.eval_shape(model.apply, variables, batch).shape == (2, 5)
 
 
 def test_a_masked_token_reaches_no_other():
@@ -62,3 +68,27 @@ def test_errors_say_what_to_change():
         ViT().init(jax.random.key(0), jnp.zeros((1, 30, 32, 3)))
     with pytest.raises(ValueError, match="positions"):
         Bert(positions=4).init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("rule", "stages"),
+    [
+        ((24, 36.44, 2.49, 13, 8), ((24, 1, 8), (56, 1, 8), (152, 4, 8), (368, 7, 8))),
+        ((24, 24.48, 2.54, 22, 16), ((32, 1, 16), (64, 2, 16), (160, 7, 16), (384, 12, 16))),
+        ((48, 36.97, 2.24, 16, 24), ((48, 1, 24), (96, 3, 24), (240, 5, 24), (528, 7, 24))),
+        ((80, 34.01, 2.25, 18, 24), ((72, 2, 24), (168, 4, 24), (408, 10, 24), (912, 2, 24))),
+        ((88, 26.31, 2.25, 25, 48), ((96, 2, 48), (192, 6, 48), (432, 15, 48), (1008, 2, 48))),
+        ((80, 49.56, 2.88, 23, 120), ((80, 2, 80), (240, 5, 120), (720, 15, 120), (1920, 1, 120))),
+        ((320, 69.86, 2.0, 23, 168), ((336, 2, 168), (672, 7, 168), (1344, 13, 168), (2520, 1, 168))),
+    ],
+)
+def test_regnets_stages_follow_from_its_rule(rule, stages):
+    """RegNetX-200MF, -400MF, -600MF, -1.6GF, -3.2GF, -8GF and -32GF: rules and stages of timm 1.0.31's networks."""
+    assert regnet_stages(*rule) == stages
+
+
+def test_a_rule_that_does_not_grow_is_refused():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        regnet_stages(20, 36.0, 2.5, 13, 8)
+    with pytest.raises(ValueError, match="factor above 1"):
+        regnet_stages(24, 36.0, 1.0, 13, 8)

@@ -13,7 +13,6 @@ import pytest
 
 from brecq_jax import models
 from brecq_jax.models import _torch_files
-from brecq_jax.models.efficientnet_lite import CROP, normalize
 from brecq_jax.data import center_crop
 
 VECTORS = pathlib.Path(__file__).parent / "vectors"
@@ -32,9 +31,10 @@ def test_efficientnet_lite0_equals_the_pytorch_network():
 def test_preprocessing_is_lite0s():
     from PIL import Image
 
-    crop = center_crop(Image.new("RGB", (320, 256), (127, 255, 0)), 224, CROP)
+    preprocessing = models.ARCHITECTURES["efficientnet_lite0"].preprocessing
+    crop = center_crop(Image.new("RGB", (320, 256), (127, 255, 0)), preprocessing.size, preprocessing.crop)
     assert crop.shape == (224, 224, 3)
-    np.testing.assert_allclose(normalize(crop)[0, 0], [0, 1, -127 / 128])
+    np.testing.assert_allclose(preprocessing.normalize(crop)[0, 0], [0, 1, -127 / 128])
 
 
 def test_digits_learn(digits):
@@ -149,5 +149,5 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, tensor):
 
 def test_a_checkpoint_of_another_model_names_its_tensors(tmp_path):
     path = write_zip(tmp_path / "a.pth", torch_pickle({"other.weight": FakeTensor("0", 6, 0, (6,), (1,))}), {"0": DATA.tobytes()})
-    with pytest.raises(ValueError, match=r"missing: .*conv1.weight.*unexpected: other.weight"):
+    with pytest.raises(ValueError, match=r"a.pth as resnet20_cifar.*missing: .*conv1.weight.*unexpected: other.weight"):
         models.load_resnet_cifar(path)

@@ -7,14 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax.models._layout import from_torch
-from brecq_jax.models.resnet_cifar import ResNetCifar
+from brecq_jax.models.resnet_cifar import NAMINGS, ResNetCifar
 
 VECTORS = pathlib.Path(__file__).parent / "vectors"
 ABSTRACT = jax.eval_shape(ResNetCifar(20).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
-
-
-def torch_name(path):
-    return path.replace("_", ".").replace("/", ".")
 
 
 def torch_shapes():
@@ -53,7 +49,7 @@ def torch_weights():
 def test_resnet20_equals_the_pytorch_network():
     """Vectors: logits of ResNet-20 with option-A shortcuts as akamaster/pytorch_resnet_cifar10 at d5489e89 defines
     it, in torch 2.13.0, weights `torch_weights()`, on default_rng(1).standard_normal((4, 3, 32, 32))."""
-    variables = from_torch(torch_weights(), ABSTRACT, torch_name)
+    variables = from_torch(torch_weights(), ABSTRACT, NAMINGS, "resnet20")
     x = np.random.default_rng(1).standard_normal((4, 3, 32, 32)).astype(np.float32).transpose(0, 2, 3, 1)
     got = np.asarray(jax.jit(ResNetCifar(20).apply)(variables, x))
     want = np.load(VECTORS / "resnet20.npz")["logits"]

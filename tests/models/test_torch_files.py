@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from brecq_jax.models import read_torch
+from brecq_jax.models._torch_files import _Storage, _Tensor, flatten_state_dict
 
 VECTORS = pathlib.Path(__file__).parent / "vectors"
 LAYOUTS = ["zip", "stream"]
@@ -41,3 +42,11 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(ValueError):
             read_torch(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_tensors_are_found_where_training_code_keeps_them(key):
+    """The official BRECQ release keeps MobileNetV2's under "model"."""
+    tensor = _Tensor(_Storage("0", np.float32, 1), 0, (1,), (1,))
+    assert flatten_state_dict({key: {"module.w": tensor}, "epoch": 3}) == {"w": tensor}
+    assert flatten_state_dict({"w": tensor}) == {"w": tensor}

