@@ -131,6 +131,8 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
     if (root / CALIBRATION_FOLDER).is_dir() and (root / EVALUATION_FOLDER).is_dir():
         return image_folder(root / CALIBRATION_FOLDER), image_folder(root / EVALUATION_FOLDER)
     images = image_folder(root)
+    if len(images) < 2:
+        raise ValueError(f"data: {root} holds one image. Pass some to calibrate on, and some to score.")
     return images[::2], images[1::2]
 
 

@@ -166,6 +166,9 @@ def test_a_folder_calibrates_and_scores(tmp_path):
     calibration, scored = open_images(tmp_path / "one")
     assert [calibration.open(r)[1] for r in calibration.rows] == [0, 2, 4]
     assert [scored.open(r)[1] for r in scored.rows] == [1, 3]
+    make(tmp_path / "alone", "a.png")
+    with pytest.raises(ValueError, match="alone holds one image"):
+        open_images(tmp_path / "alone")
     make(tmp_path / "two", "train/cat/a.png", "train/dog/a.png", "val/cat/b.png", "val/cat/c.png", "val/dog/b.png")
     calibration, scored = open_images(str(tmp_path / "two"))
     assert (len(calibration), len(scored)) == (2, 3)
