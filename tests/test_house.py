@@ -149,7 +149,7 @@ SWEPT = ["configs/imagenet.py", "configs/resnet20_cifar10.py"]
 @pytest.mark.parametrize("config", SWEPT)
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.sweep")), ids=lambda p: p.stem)
 def test_every_sweep_fits_the_configs(path, config, tmp_path):
-    assert len(sweep.main([f"@{path}", f"--config={ROOT / config}", f"--workdir={tmp_path}", "--jobs=0"])) >= 12
+    assert len(sweep.main([f"@{path}", f"--config={ROOT / config}", f"--workdir={tmp_path}", "--jobs=0"])) >= 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "colabs").glob("*.ipynb")), ids=lambda p: p.stem)
