@@ -17,8 +17,8 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop
 AREA_OF_FEW = (0.25, 1.0)  # of the few photographs that wheels ship, smaller parts show too little
 TRIES = 10  # boxes drawn before the middle of the image is taken
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# A JPEG is decoded at a half, a quarter or an eighth where that leaves so many pixels for one of the crop, a side. It changes a pixel
-# by 0.2 of 255 on average (by 0.9 with 1), and saves a half to three quarters of the time: `benchmarks/decode.py --draft`.
+# A JPEG is decoded at a half, a quarter or an eighth where that leaves so many pixels for one of the crop, a side. It changes a
+# pixel by 0.3 to 0.4 of 255 on average (with 1 by 0.9 to 1.3) and saves a third to a half of the time: `benchmarks/decode.py`.
 SPARE = 2
 
 
