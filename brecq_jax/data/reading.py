@@ -5,7 +5,7 @@ import functools
 import itertools
 import pathlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -95,7 +95,7 @@ def folder(
     return _collect(_in_threads(read, images.rows, PIECE), len(images))
 
 
-def _in_threads(work: Callable, items, ahead: int) -> Iterator:
+def _in_threads(work: Callable, items: Iterable, ahead: int) -> Iterator:
     """work(item) for each item, in order; at most `ahead` results wait or are being made."""
     pool = concurrent.futures.ThreadPoolExecutor()
     try:
