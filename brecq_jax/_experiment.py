@@ -67,5 +67,7 @@ def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
-    (workdir / "result.json").write_text(json.dumps(result, indent=1))
+    # Whole or not there: a sweep takes a run with a result.json for finished.
+    (workdir / "result.json.part").write_text(json.dumps(result, indent=1))
+    (workdir / "result.json.part").rename(workdir / "result.json")
     return result

@@ -15,7 +15,9 @@ from brecq_jax.formats import Uniform
 class Config:
     weight_bits: int = 4
     act_bits: int = 8
+    method: str = "annealed"  # a name that `solvers.by_name` knows
     num_steps: int = 300
+    blocks: str = "block"
     seed: int = 0
 
     def build(self) -> Experiment:
@@ -35,6 +37,7 @@ class Config:
             weights=Uniform(self.weight_bits),
             activations=Uniform(self.act_bits) if self.act_bits else None,
             preset="brecq",
-            solver=solvers.annealed(num_steps=self.num_steps),
+            solver=solvers.by_name(self.method, num_steps=self.num_steps),
+            blocks=self.blocks,
             seed=self.seed,
         )

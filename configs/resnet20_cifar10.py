@@ -1,10 +1,10 @@
-r"""CIFAR-10 ResNet-20 with published weights, any bits, any of the paper's methods.
+r"""CIFAR-10 ResNet-20 (or -32, -44, -56) with published weights, any bits, any of the paper's methods.
 
     python -m brecq_jax --config=configs/resnet20_cifar10.py --workdir=runs/r20 \
         --config.weights=resnet20-12fca82f.th --config.data=cifar10_jpeg --config.weight_bits=2 --config.act_bits=0
 
 `data` is a folder with train.npz and test.npz (`jpeg`: concatenated files, `offset`, `label`). docs/results.md holds
-the measured figures, on a JPEG copy of the test set, where the float network scores 81.03.
+the measured figures, on a JPEG copy of the test set, where the float network scores 81.03. The paper has no CIFAR table.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from brecq_jax.models.resnet_cifar import normalize
 
 @dataclasses.dataclass
 class Config:
+    depth: int = 20
     weights: str = ""
     data: str = ""
     weight_bits: int = 4
@@ -37,8 +38,8 @@ class Config:
 
     def build(self) -> Experiment:
         if not self.weights or not self.data:
-            raise ValueError("Give --config.weights=resnet20-12fca82f.th and --config.data=FOLDER with train.npz and test.npz.")
-        model, variables = models.load_resnet_cifar(self.weights)
+            raise ValueError("Give --config.weights=CHECKPOINT, as resnet20-12fca82f.th, and --config.data=FOLDER with train.npz and test.npz.")
+        model, variables = models.load_resnet_cifar(self.weights, self.depth)
         calibration, _ = read_jpegs(pathlib.Path(self.data) / "train.npz", self.calibration)
         images, labels = read_jpegs(pathlib.Path(self.data) / "test.npz", None)
         calibration = data.mirrored(calibration) if self.mirror else calibration

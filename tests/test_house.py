@@ -1,16 +1,21 @@
 """What we say of the whole repository, kept."""
 
 import ast
+import io
 import pathlib
 import re
+import types
 
 import jax
+import jax.numpy as jnp
 import nbclient
 import nbformat
 import numpy as np
 import pytest
+from PIL import Image
 
 import brecq_jax
+from brecq_jax import sweep
 from brecq_jax.__main__ import load_config, main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,6 +32,7 @@ FLOORS = [
     {"_quantize"},
     {"_experiment"},
     {"__init__", "__main__"},
+    {"sweep"},
 ]
 # `models`, `report`, `data`, `formats` and the cellar import nothing of ours outside themselves.
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -79,6 +85,7 @@ def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
 SMALL = {
     "digits_w4a8": ["--config.num_steps=5"],
     "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
+    "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
 }
 
@@ -88,6 +95,8 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
     overrides = list(SMALL[path.stem])
     if path.stem == "resnet20_cifar10":
         overrides += made_up_cifar(tmp_path, monkeypatch)
+    if path.stem == "imagenet":
+        overrides += made_up_imagenet(tmp_path, monkeypatch)
     result = main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--quiet", *overrides])
     assert result["figures"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html", "block_errors.png"}
@@ -95,10 +104,6 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
 
 def made_up_cifar(folder, monkeypatch) -> list[str]:
     """Random images and weights in the real files' layout."""
-    import io
-
-    from PIL import Image
-
     draw = np.random.default_rng(0)
     files = []
     for _ in range(16):
@@ -110,8 +115,41 @@ def made_up_cifar(folder, monkeypatch) -> list[str]:
         np.savez(folder / f"{name}.npz", jpeg=np.frombuffer(b"".join(files), np.uint8), offset=offset, label=np.arange(16) % 10)
     model = brecq_jax.models.ResNetCifar()
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
-    monkeypatch.setattr(brecq_jax.models, "load_resnet_cifar", lambda path: (model, variables))
+    monkeypatch.setattr(brecq_jax.models, "load_resnet_cifar", lambda path, depth: (model, variables))
     return ["--config.weights=made-up", f"--config.data={folder}"]
+
+
+def made_up_imagenet(folder, monkeypatch) -> list[str]:
+    """Random images in the folders of two classes, and a small network with random weights."""
+    draw = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(16):
+            path = folder / split / f"class_{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
+    model = brecq_jax.models.ResNetCifar()
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    preprocessing = types.SimpleNamespace(size=32, crop=0.875, interpolation="bilinear", normalize=lambda pixels: pixels / jnp.float32(255))
+    architectures = {"resnet18": types.SimpleNamespace(preprocessing=preprocessing)}
+    monkeypatch.setattr(brecq_jax.models, "ARCHITECTURES", architectures, raising=False)
+    monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables), raising=False)
+    return ["--config.weights=made-up", f"--config.data={folder}"]
+
+
+def test_the_imagenet_config_says_what_it_needs(tmp_path, monkeypatch):
+    overrides = made_up_imagenet(tmp_path, monkeypatch)
+    for given, words in ((["--config.architecture=alexnet"], "alexnet: write one of resnet18"), (overrides[:1], "Give .*--config.data=FOLDER")):
+        with pytest.raises(ValueError, match=words):
+            load_config(str(ROOT / "configs/imagenet.py"), given).build()
+
+
+SWEPT = ["configs/imagenet.py", "configs/resnet20_cifar10.py"]
+
+
+@pytest.mark.parametrize("config", SWEPT)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.sweep")), ids=lambda p: p.stem)
+def test_every_sweep_fits_the_configs(path, config, tmp_path):
+    assert len(sweep.main([f"@{path}", f"--config={ROOT / config}", f"--workdir={tmp_path}", "--jobs=0"])) >= 4
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "colabs").glob("*.ipynb")), ids=lambda p: p.stem)

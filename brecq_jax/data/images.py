@@ -1,10 +1,8 @@
-"""Images to calibrate and score on: photographs that wheels ship, and folders."""
+"""Crops of photographs, mirror images, and photographs that wheels ship."""
 
-import concurrent.futures
 import importlib.util
+import math
 import pathlib
-import re
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -14,8 +12,14 @@ from PIL import Image
 CALIBRATION = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/rocket.jpg", "sklearn/datasets/images/china.jpg")
 EVALUATION = ("skimage/data/coffee.png", "skimage/data/hubble_deep_field.jpg", "skimage/data/motorcycle_left.png", "sklearn/datasets/images/flower.jpg")
 SPLITS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-AREA, ASPECT = (0.25, 1.0), (3 / 4, 4 / 3)  # of a random crop
+RUN = 8  # images before their mirror images: one in so many judges
+AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop
+AREA_OF_FEW = (0.25, 1.0)  # of the few photographs that wheels ship, smaller parts show too little
+TRIES = 10  # boxes drawn before the middle of the image is taken
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+# A JPEG is decoded at a half, a quarter or an eighth where that leaves so many pixels for one of the crop, a side. It changes a
+# pixel by 0.3 to 0.4 of 255 on average (with 1 by 0.9 to 1.3) and saves a third to a half of the time: `benchmarks/decode.py`.
+SPARE = 2
 
 
 def photographs(size: int, count: int, seed: int, split: Literal["calibration", "evaluation"]) -> np.ndarray:
@@ -50,26 +54,68 @@ def _in_package(name: str) -> pathlib.Path | None:
 
 
 def _random_crop(image: Image.Image, size: int, draw: np.random.Generator) -> np.ndarray:
-    area = image.width * image.height * draw.uniform(*AREA)
+    width, height = (min(side, drawn) for side, drawn in zip(image.size, _draw_sides(image, draw, AREA_OF_FEW), strict=True))
+    return _draw_place(image, width, height, size, draw, "bicubic")
+
+
+def random_crop(image: Image.Image, size: int, draw: np.random.Generator, interpolation: str = "bilinear") -> np.ndarray:
+    """A box of 8 to 100 % of the area, sides 3 : 4 to 4 : 3, anywhere, resized, every other one mirrored: uint8 (size, size, 3).
+
+    Source: Szegedy et al. 2015, section 6, https://arxiv.org/abs/1409.4842, as torchvision's RandomResizedCrop has it: a box that
+    does not fit is drawn again, up to ten times; then the largest central box of such sides is taken.
+    """
+    _check_interpolation(interpolation)
+    for _ in range(TRIES):
+        width, height = _draw_sides(image, draw, AREA)
+        if width <= image.width and height <= image.height:
+            return _draw_place(image, width, height, size, draw, interpolation)
+    width = min(image.width, round(image.height * ASPECT[1]))
+    height = min(image.height, round(image.width / ASPECT[0]))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return _resized(image, (left, top, left + width, top + height), size, interpolation)
+
+
+def _draw_sides(image: Image.Image, draw: np.random.Generator, of: tuple[float, float]) -> tuple[int, int]:
+    area = image.width * image.height * draw.uniform(*of)
     aspect = np.exp(draw.uniform(*np.log(ASPECT)))
-    width = min(image.width, max(1, round(np.sqrt(area * aspect))))
-    height = min(image.height, max(1, round(np.sqrt(area / aspect))))
+    return max(1, round(np.sqrt(area * aspect))), max(1, round(np.sqrt(area / aspect)))
+
+
+def _draw_place(image: Image.Image, width: int, height: int, size: int, draw: np.random.Generator, interpolation: str) -> np.ndarray:
     left, top = draw.integers(image.width - width + 1), draw.integers(image.height - height + 1)
-    crop = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + width, top + height)))
+    crop = _resized(image, (left, top, left + width, top + height), size, interpolation)
     return crop[:, ::-1] if draw.random() < 0.5 else crop
 
-RUN = 8  # images before their mirror images: one in so many judges
 
+def center_crop(image: Image.Image, size: int, fraction: float, interpolation: str = "bicubic") -> np.ndarray:
+    """The middle of an image whose short side is resized to size / fraction: uint8 (size, size, 3).
 
-def center_crop(image: Image.Image, size: int, fraction: float) -> np.ndarray:
-    """The central square of `fraction` of the short side, resized (bicubic) to size: uint8 (size, size, 3).
-
-    EfficientNet-Lite's rule is fraction = size / (size + 32).
+    The paper's rule is short side 256 and the central 224, bilinear: fraction = 224 / 256. EfficientNet-Lite's is
+    fraction = size / (size + 32), bicubic. Sides and corner are rounded as torchvision's Resize and CenterCrop do.
     """
-    side = round(min(image.size) * fraction)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
+    _check_interpolation(interpolation)
+    short = round(size / fraction)
+    width, height = (short * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    x, y = image.width / width, image.height / height
+    return _resized(image, (left * x, top * y, (left + size) * x, (top + size) * y), size, interpolation)
+
+
+def _check_interpolation(interpolation: str):
+    if interpolation not in FILTERS:
+        raise ValueError(f"data: interpolation={interpolation!r}: write one of {list(FILTERS)}.")
+
+
+def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int, interpolation: str) -> np.ndarray:
+    """The box (left, top, right, bottom) of an image, whose pixels may not be decoded yet, at size × size."""
+    left, top, right, bottom = box
+    full = image.size
+    enough = SPARE * size / min(right - left, bottom - top)
+    image.draft(None, tuple(math.ceil(side * enough) for side in full))
+    x, y = image.width / full[0], image.height / full[1]
+    box = (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height))
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return np.asarray(rgb.resize((size, size), FILTERS[interpolation], box))
 
 
 def mirrored(images: np.ndarray) -> np.ndarray:
@@ -80,72 +126,3 @@ def mirrored(images: np.ndarray) -> np.ndarray:
     """
     runs = [images[i : i + RUN] for i in range(0, len(images), RUN)]
     return np.concatenate([part for run in runs for part in (run, run[:, :, ::-1])])
-
-
-def folder(
-    path: str | pathlib.Path,
-    size: int,
-    fraction: float = 1.0,
-    limit: int | None = None,
-    transform: Callable[[Image.Image], np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images of a folder and the folders in it, in the order of their paths, and their labels if names give them.
-
-        images, labels = folder("imagenet_sample", 224, fraction=224 / 256)
-
-    Labels: the position of the subfolder among the sorted subfolders if all images lie in two or more; else the number
-    that every file name begins with (`000_n01440764_tench.jpg`); else None. `limit` changes no label. Hidden files are
-    not read. Decoded in threads.
-
-    Args:
-      size: of the crops, in pixels.
-      fraction: of the short side, see `center_crop`.
-      limit: read this many, evenly spread.
-      transform: instead of `center_crop`: from the opened image to an array of size × size × 3.
-
-    Returns: uint8 (n, size, size, 3) and int (n,) or None.
-
-    Raises:
-      ValueError: no images, one that cannot be read, or a bad fraction, limit or transform.
-    """
-    root = pathlib.Path(path)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"data: fraction={fraction} of the short side: write more than 0 and at most 1.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"data: limit={limit}: write at least 1, or None for all.")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not _is_hidden(p.relative_to(root)))
-    if not files:
-        raise ValueError(f"data: {root} {'holds no images' if root.is_dir() else 'is no folder, so it holds no images'} ({', '.join(SUFFIXES)}).")
-    labels = _labels(root, files)
-    if limit is not None and limit < len(files):
-        chosen = [i * len(files) // limit for i in range(limit)]
-        files, labels = [files[i] for i in chosen], None if labels is None else labels[chosen]
-
-    def read(file: pathlib.Path) -> np.ndarray:
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"data: {file} cannot be read as an image: {error}. Repair or remove it.") from error
-        pixels = center_crop(image, size, fraction) if transform is None else np.asarray(transform(image))
-        if pixels.shape != (size, size, 3):
-            raise ValueError(f"data: transform made {list(pixels.shape)} of {file}. Return {[size, size, 3]}, as size={size} says.")
-        return pixels
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        pixels = np.stack(list(pool.map(read, files)))
-    return pixels, labels
-
-
-def _is_hidden(inside: pathlib.Path) -> bool:
-    return any(part.startswith(".") for part in inside.parts)
-
-
-def _labels(root: pathlib.Path, files: list[pathlib.Path]) -> np.ndarray | None:
-    inside = [f.relative_to(root).parts for f in files]
-    if all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1:
-        # A subfolder without images keeps its number: it is a class of which nothing came.
-        classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-        return np.array([classes.index(parts[0]) for parts in inside])
-    numbers = [re.match(r"(\d+)_", f.name) for f in files]
-    return np.array([int(m[1]) for m in numbers]) if all(numbers) else None

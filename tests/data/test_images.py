@@ -1,10 +1,10 @@
-"""Photographs and folders of images."""
+"""Crops, mirror images, and the photographs that wheels ship."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from brecq_jax.data import center_crop, folder, images, mirrored, photographs
+from brecq_jax.data import center_crop, images, mirrored, photographs, random_crop
 from brecq_jax.solvers._solver import split
 
 
@@ -59,78 +59,83 @@ def test_no_image_that_judges_is_learned_from_in_a_mirror():
     assert not learned & {both[i].tobytes() for i in judge}
 
 
-def make(root, *names, colour=None):
-    for n, name in enumerate(names):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (12, 10), colour or (n, 2 * n, 3 * n)).save(root / name)
+def noise(width: int, height: int) -> Image.Image:
+    """Colours that change from pixel to pixel, and slowly as well."""
+    draw = np.random.default_rng(width)
+    slow = Image.fromarray(draw.integers(0, 255, (5, 7, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.blend(slow, Image.fromarray(draw.integers(0, 255, (height, width, 3), np.uint8)), 0.2)
 
 
-LAYOUTS = {
-    "numbers": (["000_n01440764_tench.png", "001_a.png", "207_golden.png"], [0, 1, 207]),
-    "classes": (["cat/a.png", "cat/b.png", "dog/a.png"], [0, 0, 1]),
-    "classes, numbered files": (["cat/0009_a.png", "cat/0010_a.png", "dog/0001_a.png"], [0, 0, 1]),
-    "classes, deeper": (["cat/kittens/a.png", "dog/a.png"], [0, 1]),
-    "numbers in one folder": (["val/3_a.png", "val/4_a.png"], [3, 4]),
-    "neither": (["a.png", "b.png"], None),
-    "one folder": (["cat/a.png"], None),
-    "images beside folders": (["a.png", "cat/b.png", "dog/b.png"], None),
-}
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("sides", [(500, 375), (333, 500), (300, 300), (211, 97)])
+def test_the_evaluation_crop_is_short_side_256_and_the_central_224(sides, interpolation):
+    image = noise(*sides)
+    short = min(sides)
+    whole = image.resize(tuple(int(256 * side / short) for side in sides), images.FILTERS[interpolation])
+    left, top = round((whole.width - 224) / 2), round((whole.height - 224) / 2)
+    want = np.asarray(whole.crop((left, top, left + 224, top + 224)), int)
+    difference = np.abs(center_crop(image, 224, 224 / 256, interpolation) - want)
+    # Pillow resizes a portrait's columns or rows first as it sees fit, and rounds in between.
+    assert difference.max() <= 4 and difference.mean() < 0.35
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_names_give_labels(layout, tmp_path):
-    names, want = LAYOUTS[layout]
-    make(tmp_path, *names)
-    pixels, labels = folder(tmp_path, 8)
-    assert (pixels.shape, pixels.dtype) == ((len(names), 8, 8, 3), np.uint8)
-    assert pixels[:, 0, 0].tolist() == [[n, 2 * n, 3 * n] for n in range(len(names))]
-    assert (labels if labels is None else labels.tolist()) == want
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    noise(1600, 1200).save(tmp_path / "a.jpg", quality=92)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        small = center_crop(opened, 224, 224 / 256, "bilinear").astype(int)
+        assert opened.size == (800, 600)
+    with Image.open(tmp_path / "a.jpg") as opened:
+        opened.load()
+        whole = center_crop(opened, 224, 224 / 256, "bilinear")
+    assert np.abs(small - whole).mean() < 0.5
+    with Image.open(tmp_path / "a.jpg") as opened:
+        center_crop(opened, 512, 1.0)
+        assert opened.size == (1600, 1200)
 
 
-def test_a_limit_and_an_empty_class_change_no_label(tmp_path):
-    make(tmp_path, *[f"{kind}/{n}.png" for kind in "abcd" for n in range(2)])
-    (tmp_path / "aa").mkdir()
-    pixels, labels = folder(tmp_path, 8, limit=3)
-    assert labels.tolist() == [0, 2, 3]
-    assert pixels[:, 0, 0, 0].tolist() == [0, 2, 5]
-    assert folder(tmp_path, 8, limit=99)[1].tolist() == [0, 0, 2, 2, 3, 3, 4, 4]
+def coordinates(width: int, height: int) -> Image.Image:
+    """Every pixel says where it is, in 255ths of the side."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
 
 
-def test_formats_and_modes_become_rgb_and_others_are_passed_over(tmp_path):
-    for name, mode in (("a.JPG", "L"), ("b.png", "RGBA"), ("c.bmp", "RGB"), ("d.webp", "RGB"), ("e.png", "P"), ("f.jpeg", "CMYK")):
-        Image.new(mode, (9, 9)).save(tmp_path / name)
-    (tmp_path / "labels.csv").write_text("x")
-    (tmp_path / "._a.jpg").write_bytes(b"not an image")
-    make(tmp_path, ".thumbnails/a.png")
-    assert folder(tmp_path, 8)[0].shape == (6, 8, 8, 3)
+@pytest.mark.parametrize("sides", [(400, 300), (300, 400), (300, 300)])
+def test_random_crops_keep_to_their_area_and_aspect(sides):
+    image = coordinates(*sides)
+    areas, aspects, mirrors = [], [], []
+    for seed in range(200):
+        crop = random_crop(image, 64, np.random.default_rng(seed)).astype(float)
+        across, down = crop[..., 0].mean(0), crop[..., 1].mean(1)
+        width, height = (np.ptp(side) / 255 * 64 / 63 for side in (across, down))
+        areas.append(width * height)
+        aspects.append(width * sides[0] / (height * sides[1]))
+        mirrors.append(across[0] > across[-1])
+    assert 0.05 < min(areas) < 0.15 and 0.8 < max(areas) < 1.05
+    assert 0.65 < min(aspects) < 0.85 and 1.2 < max(aspects) < 1.5
+    assert 70 < sum(mirrors) < 130
 
 
-def test_a_transform_replaces_the_centre_crop(tmp_path):
-    make(tmp_path, "a.png", colour=(255, 0, 0))
-    pixels, _ = folder(tmp_path, 8, transform=lambda image: np.asarray(image.resize((8, 8))) / 255)
-    assert np.all(pixels == (1.0, 0, 0))
-    with pytest.raises(ValueError, match=r"transform made \[10, 12, 3\] of .*a\.png. Return \[8, 8, 3\]"):
-        folder(tmp_path, 8, transform=np.asarray)
+@pytest.mark.parametrize("sides", [(600, 40), (40, 600)])
+def test_where_no_box_fits_the_middle_is_taken(sides, monkeypatch):
+    monkeypatch.setattr(images, "AREA", (1.0, 1.0))
+    image = coordinates(*sides)
+    crop = random_crop(image, 32, np.random.default_rng(0)).astype(float)
+    assert crop[..., 0].mean() == pytest.approx(127, abs=2) and crop[..., 1].mean() == pytest.approx(127, abs=2)
+    share = 53 / 600  # 40 pixels by 4 / 3
+    assert np.ptp(crop[..., int(sides[1] > sides[0])]) / 255 == pytest.approx(share, rel=0.1)
 
 
-def test_bad_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no images"):
-        folder(tmp_path, 8)
-    with pytest.raises(ValueError, match="is no folder"):
-        folder(tmp_path / "nowhere", 8)
-    make(tmp_path, "a.png")
-    with pytest.raises(ValueError, match="fraction=0"):
-        folder(tmp_path, 8, fraction=0)
-    with pytest.raises(ValueError, match="limit=0"):
-        folder(tmp_path, 8, limit=0)
+def test_the_same_draw_is_the_same_crop():
+    image = noise(60, 50)
+    one, two = (random_crop(image, 16, np.random.default_rng(3)) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert np.any(random_crop(image, 16, np.random.default_rng(4)) != one)
 
 
-@pytest.mark.parametrize("content", [b"not an image", b"", "truncated"])
-def test_an_unreadable_file_is_named(tmp_path, content):
-    make(tmp_path, "a.png", "sub/b.png")
-    draw = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    Image.fromarray(draw).save(tmp_path / "sub/b.png")
-    path = tmp_path / "sub/b.png"
-    path.write_bytes(path.read_bytes()[:2000] if content == "truncated" else content)
-    with pytest.raises(ValueError, match=r"sub/b\.png cannot be read as an image.*Repair or remove it"):
-        folder(tmp_path, 8)
+def test_another_interpolation_is_refused():
+    with pytest.raises(ValueError, match="interpolation='nearest': write one of"):
+        center_crop(noise(20, 20), 8, 1.0, "nearest")
+    with pytest.raises(ValueError, match="interpolation='nearest': write one of"):
+        random_crop(noise(20, 20), 8, np.random.default_rng(0), "nearest")
