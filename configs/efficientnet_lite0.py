@@ -14,7 +14,6 @@ import numpy as np
 
 from brecq_jax import Experiment, data, models, solvers
 from brecq_jax.formats import Uniform
-from brecq_jax.models.efficientnet_lite import CROP, SIZE, normalize
 
 
 @dataclasses.dataclass
@@ -34,19 +33,20 @@ class Config:
 
     def build(self) -> Experiment:
         model, variables = models.load_efficientnet_lite0()
+        prepare = models.ARCHITECTURES["efficientnet_lite0"].preprocessing
         if self.data:
-            pixels, labels = data.folder(self.data, SIZE, CROP)
+            pixels, labels = data.folder(self.data, prepare.size, prepare.crop)
             calibration, evaluation = pixels[::2][: self.calibration], pixels[1::2][: self.evaluation]
             labels = None if labels is None else labels[1::2][: self.evaluation]
         else:
-            calibration = data.photographs(SIZE, self.calibration, self.seed, "calibration")
-            evaluation, labels = data.photographs(SIZE, min(self.evaluation, 100), self.seed, "evaluation"), None
+            calibration = data.photographs(prepare.size, self.calibration, self.seed, "calibration")
+            evaluation, labels = data.photographs(prepare.size, min(self.evaluation, 100), self.seed, "evaluation"), None
         calibration = data.mirrored(calibration) if self.mirror else calibration
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
         solver = solvers.by_name(self.method, **{k: v for k, v in settings.items() if v})
 
         def evaluate(float_apply, quantized_apply):
-            batches = [normalize(evaluation[i : i + 50]) for i in range(0, len(evaluation), 50)]
+            batches = [prepare.normalize(evaluation[i : i + 50]) for i in range(0, len(evaluation), 50)]
             ours, theirs = (np.concatenate([np.asarray(f(b)).argmax(-1) for b in batches]) for f in (quantized_apply, float_apply))
             figures = {"agreement_with_float": 100 * float(np.mean(ours == theirs))}
             if labels is not None:
@@ -56,7 +56,7 @@ class Config:
         return Experiment(
             variables,
             model.apply,
-            np.asarray(normalize(calibration)),
+            np.asarray(prepare.normalize(calibration)),
             evaluate,
             weights=Uniform(self.weight_bits),
             activations=Uniform(self.act_bits) if self.act_bits else None,

@@ -16,7 +16,6 @@ from PIL import Image
 
 from brecq_jax import Experiment, data, models, solvers
 from brecq_jax.formats import Uniform
-from brecq_jax.models.resnet_cifar import normalize
 
 
 @dataclasses.dataclass
@@ -40,6 +39,7 @@ class Config:
         if not self.weights or not self.data:
             raise ValueError("Give --config.weights=CHECKPOINT, as resnet20-12fca82f.th, and --config.data=FOLDER with train.npz and test.npz.")
         model, variables = models.load_resnet_cifar(self.weights, self.depth)
+        normalize = models.ARCHITECTURES[f"resnet{self.depth}_cifar"].preprocessing.normalize
         calibration, _ = read_jpegs(pathlib.Path(self.data) / "train.npz", self.calibration)
         images, labels = read_jpegs(pathlib.Path(self.data) / "test.npz", None)
         calibration = data.mirrored(calibration) if self.mirror else calibration

@@ -100,7 +100,3 @@ def namings(variant: int) -> dict[str, Naming]:
         ),
         "timm": timm_names(by_stage("blocks", 0, _repeats(VARIANTS[variant][1]))),
     }  # fmt: skip
-
-
-PREPROCESSING = preprocessing(0)
-SIZE, CROP, normalize = PREPROCESSING.size, PREPROCESSING.crop, PREPROCESSING.normalize

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from brecq_jax.models._preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(32, 1.0, "bilinear")
-normalize = PREPROCESSING.normalize
 NAMINGS = {"pytorch_resnet_cifar10": ((r"^layer(\d)_(\d+)", r"layer\1.\2"),)}
 
 
