@@ -45,8 +45,8 @@ def annealed(**settings) -> Solver:
     (colabs/04_inside_one_block.ipynb). It begins at the float weights; where no good guess should be thrown away, see `refined`.
     """
     defaults = dict(
-        error=relative_error, rounding=RectifiedSigmoid(regularizer=16.0, average=True, scale_learning_rate=3e-3), num_steps=1_000,
-        batch_size=8, learning_rate=0.2, together=True,
+        error=relative_error, rounding=RectifiedSigmoid(regularizer=16.0, average=True, warmup=0.1, scale_learning_rate=1e-3),
+        num_steps=1_000, batch_size=8, learning_rate=0.2, together=True,
     )  # fmt: skip
     return reconstruct(Reconstruction(**{**defaults, **settings}))
 
