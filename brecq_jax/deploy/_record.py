@@ -1,12 +1,14 @@
 """A Quantized as one JSON record and named arrays: what every file of ours holds, however it lies on disk.
 
-    {"leaves": [leaf, …],                 one for each parameter, in the order of the flattened tree
-     "activations": [[name, {"scale": stored, "zero_point": stored}], …],
-     "sites": [[name, format], …],        which value is quantized in which format
+    {"formats": [format, …],              those that are used: {"type": name, …fields}; everything else speaks of their number
+     "leaves": [leaf, …],                 one for each parameter, in the order of the flattened tree
+     "activations": [[name, {"scale": shape, "zero_point": shape}], …],
+     "sites": [[name, format], …],        which value is quantized in which format (its number)
      "whole_values": bool,
      "report": what the report's to_json gives, or null}
 
-A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. A quantized one has also {"format",
+A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. Steps of its path are the keys of dicts and the
+numbers in lists; [kind, key] where a key is no text, or a step is into something else. A quantized leaf has also {"format",
 "channel_axes", "grid": {"scale": stored, "zero_point": stored}}; its codes, of `shape`, are packed at format.bits in
 `name.codes`, and `dtype` is the float type that they decode to. What is stored of an array of the grid is one of
 
@@ -14,7 +16,8 @@ A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. A quan
     {"shape", "bits"}        integers in [0, 2^bits), packed
     {"shape", "value"}       one integer for all elements, and no array
 
-the shortest that loses nothing; of activations always the first.
+the shortest that loses nothing. Grids of activations lie one after the other in the float32 arrays `activations.scale` and
+`activations.zero_point`.
 """
 
 import contextlib
@@ -33,7 +36,7 @@ from brecq_jax._graph import leaf_names
 from brecq_jax._model import Program, Quantized
 from brecq_jax._qarray import QArray, to_rows
 from brecq_jax.deploy.packing import pack, packed_size, unpack
-from brecq_jax.formats import Grid
+from brecq_jax.formats import Format, Grid
 from brecq_jax.report import Report
 
 
@@ -42,29 +45,32 @@ def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray
     entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=_is_qarray)
     names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=_is_qarray))
     arrays: dict[str, np.ndarray] = {}
+    numbers: dict[Format, int] = {}
     leaves = []
     for n, (name, (path, leaf)) in enumerate(zip(names, entries, strict=True)):
         name = name if names.count(name) == 1 else f"{name}#{n}"
-        record = {"name": name, "path": [_key(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+        entry = {"name": name, "path": [_step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
         if isinstance(leaf, QArray):
             arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
             grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.format.bits, leaf.size) for k, v in leaf.grid._asdict().items()}
-            record |= {"format": describe_format(leaf.format), "channel_axes": list(leaf.channel_axes), "grid": grid}
+            number = numbers.setdefault(leaf.format, len(numbers))
+            entry |= {"format": number, "channel_axes": list(leaf.channel_axes), "grid": grid}
         else:
             arrays[name] = np.asarray(leaf)
-        leaves.append(record)
-    activations = [
-        [name, {k: _as_is(arrays, _activation(name, k), np.asarray(v)) for k, v in grid._asdict().items()}]
-        for name, grid in quantized.activations.items()
-    ]
+        leaves.append(entry)
+    for key in Grid._fields:
+        values = [np.ravel(getattr(grid, key)) for grid in quantized.activations.values()]
+        arrays[f"activations.{key}"] = np.concatenate([np.zeros(0, np.float32), *values])
     program = quantized.program
     record = {
         "leaves": leaves,
-        "activations": activations,
-        "sites": [[name, describe_format(f)] for name, f in program.sites],
+        "activations": [[name, {k: list(v.shape) for k, v in grid._asdict().items()}] for name, grid in quantized.activations.items()],
+        "sites": [[name, numbers.setdefault(f, len(numbers))] for name, f in program.sites],
+        "formats": [_describe_format(f) for f in numbers],
         "whole_values": program.whole_values,
         "report": None if program.report is None else program.report.to_json(),
     }
+    layout(record)  # raises where two arrays have one name
     return record, arrays
 
 
@@ -73,18 +79,17 @@ def layout(record: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]
     places = list(_places(record))
     named = {name: (dtype, shape) for name, dtype, shape in places}
     if len(named) < len(places):
-        raise ValueError("its description names an array twice.")
+        twice = next(name for n, (name, _, _) in enumerate(places) if any(name == other for other, _, _ in places[:n]))
+        raise ValueError(f"two arrays are called {twice}: rename one of the parameters.")
     return named
 
 
 def rebuild(record: dict[str, Any], arrays: dict[str, np.ndarray], apply_fn: Callable, params: Any) -> Quantized:
     """The inverse of `describe`, for arrays of the dtypes and shapes of `layout(record)`. To be called in `refusing`."""
-    leaves = [_leaf(entry, arrays) for entry in record["leaves"]]
-    activations = {
-        name: Grid(**{k: jnp.asarray(_stored(arrays, _activation(name, k), entry)) for k, entry in grid.items()})
-        for name, grid in record["activations"]
-    }
-    sites = tuple((_text(name), build_format(f)) for name, f in record["sites"])
+    known = _formats(record)
+    leaves = [_leaf(entry, known, arrays) for entry in record["leaves"]]
+    activations = _activations(record, arrays)
+    sites = tuple((_text(name), known[number]) for name, number in record["sites"])
     report = None if record["report"] is None else Report.from_json(record["report"])
     tree = _tree([entry["path"] for entry in record["leaves"]], leaves, params)
     return Quantized(tree, activations, Program(apply_fn, sites, bool(record["whole_values"]), report))
@@ -102,51 +107,50 @@ def refusing(path: Any) -> Iterator[None]:
         raise ValueError(f"restore: {path}: {error}") from error
 
 
-def describe_format(format) -> dict[str, Any]:
-    """A format as {"type": its name, …its fields}."""
+def _describe_format(format) -> dict[str, Any]:
     fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
-    return {"type": type(format).__name__} | {k: describe_format(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+    return {"type": type(format).__name__} | {k: _describe_format(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
 
 
-def build_format(record: dict[str, Any]):
-    """The inverse of `describe_format`. Raises ValueError on a name that the library does not know."""
+def _build_format(record: dict[str, Any]):
     kind = getattr(formats, record["type"], None) if record["type"] in formats.__all__ else None
     if not dataclasses.is_dataclass(kind):
         raise ValueError(f"the format {record['type']!r} is unknown to this version of the library.")
-    fields = {k: build_format(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    fields = {k: _build_format(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     return kind(**{k: v for k, v in fields.items() if k != "type"})
+
+
+def _formats(record: dict[str, Any]) -> dict[int, Format]:
+    return {number: _build_format(f) for number, f in enumerate(record["formats"])}
 
 
 def _shortest(arrays: dict[str, np.ndarray], name: str, values: np.ndarray, bits: int, count: int) -> dict[str, Any]:
     """Store an array of the grid of `count` codes, as short as it can be."""
     whole = values.dtype == np.float32 and np.all((values == np.round(values)) & (0 <= values) & (values < 2**bits))
-    if not whole:
-        return _as_is(arrays, name, values)
     shape = list(values.shape)
+    if not whole:
+        arrays[name] = values
+        return {"shape": shape, "dtype": values.dtype.name}
     if 0 < values.size <= count and np.all(values == values.flat[0]):
         return {"shape": shape, "value": int(values.flat[0])}
     arrays[name] = pack(values.astype(np.uint8), bits)
     return {"shape": shape, "bits": bits}
 
 
-def _as_is(arrays: dict[str, np.ndarray], name: str, values: np.ndarray) -> dict[str, Any]:
-    arrays[name] = values
-    return {"shape": list(values.shape), "dtype": values.dtype.name}
-
-
 def _places(record) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
+    known = _formats(record)
     for leaf in record["leaves"]:
         name, shape = _text(leaf["name"]), _counts(leaf["shape"])
         if "format" not in leaf:
             yield name, _dtype(leaf["dtype"]), shape
             continue
-        bits, count = build_format(leaf["format"]).bits, math.prod(shape)
+        bits, count = known[leaf["format"]].bits, math.prod(shape)
         yield f"{name}.codes", np.dtype(np.uint8), (packed_size(bits, count),)
         for key in Grid._fields:
             yield from _place(f"{name}.{key}", leaf["grid"][key], count)
-    for name, grid in record["activations"]:
-        for key in Grid._fields:
-            yield from _place(_activation(_text(name), key), grid[key], 0)
+    for key in Grid._fields:
+        count = sum(math.prod(_counts(shapes[key])) for _, shapes in record["activations"])
+        yield f"activations.{key}", np.dtype(np.float32), (count,)
 
 
 def _place(name: str, entry: dict[str, Any], count: int) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
@@ -171,18 +175,29 @@ def _stored(arrays: dict[str, np.ndarray], name: str, entry: dict[str, Any]) -> 
     return arrays[name]
 
 
-def _leaf(record: dict[str, Any], arrays: dict[str, np.ndarray]):
-    name, shape = record["name"], tuple(record["shape"])
-    if "format" not in record:
+def _leaf(entry: dict[str, Any], known: dict[int, Format], arrays: dict[str, np.ndarray]):
+    name, shape = entry["name"], tuple(entry["shape"])
+    if "format" not in entry:
         return jnp.asarray(arrays[name])
-    format, axes = build_format(record["format"]), tuple(record["channel_axes"])
+    format, axes = known[entry["format"]], tuple(entry["channel_axes"])
     codes = jnp.asarray(unpack(arrays[f"{name}.codes"], format.bits, math.prod(shape)).reshape(shape))
-    grid = Grid(**{key: jnp.asarray(_stored(arrays, f"{name}.{key}", entry)) for key, entry in record["grid"].items()})
-    array = QArray(codes, grid, format, axes, _float_dtype(record["dtype"]))
+    grid = Grid(**{key: jnp.asarray(_stored(arrays, f"{name}.{key}", stored)) for key, stored in entry["grid"].items()})
+    array = QArray(codes, grid, format, axes, _float_dtype(entry["dtype"]))
     format.check(jax.eval_shape(lambda c: to_rows(c, axes), codes).shape)
     if jax.eval_shape(QArray.decode, array).shape != shape:
         raise ValueError(f"{name} {shape} does not decode with grids {[g.shape for g in grid]} along axes {axes}")
     return array
+
+
+def _activations(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Grid]:
+    grids, taken = {}, dict.fromkeys(Grid._fields, 0)
+    for name, shapes in record["activations"]:
+        parts = {}
+        for key, first in taken.items():
+            taken[key] = first + math.prod(shapes[key])
+            parts[key] = jnp.asarray(arrays[f"activations.{key}"][first : taken[key]].reshape(shapes[key]))
+        grids[_text(name)] = Grid(**parts)
+    return grids
 
 
 def _tree(paths, leaves, params):
@@ -199,7 +214,7 @@ def _tree(paths, leaves, params):
         return jax.tree.unflatten(tree, leaves)
     root: dict = {}
     for path, leaf in zip(paths, leaves, strict=True):
-        steps = [(kind, key) for kind, key in path]
+        steps = [_kind_and_key(step) for step in path]
         if not steps:
             return leaf
         node = root
@@ -224,16 +239,17 @@ def _build(node):
     )
 
 
-def _key(entry) -> list:
+def _step(entry) -> Any:
     if isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, (str, int)):
-        return ["dict", entry.key]
-    if isinstance(entry, jax.tree_util.SequenceKey):
-        return ["index", entry.idx]
-    return ["other", str(entry)]
+        return entry.key if isinstance(entry.key, str) else ["dict", entry.key]
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else ["other", str(entry)]
 
 
-def _activation(name: str, key: str) -> str:
-    return f"activations/{name}.{key}"
+def _kind_and_key(step: Any) -> tuple[str, Any]:
+    if isinstance(step, list):
+        kind, key = step
+        return kind, key
+    return ("dict" if isinstance(step, str) else "index"), step
 
 
 def _text(name: Any) -> str:
