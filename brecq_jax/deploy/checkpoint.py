@@ -1,26 +1,33 @@
-"""Save and restore a Quantized: codes and grids by orbax, all else as JSON beside them. No float copy of a weight."""
+"""Save and restore a Quantized as a folder: packed codes and grids by orbax, a record of them as JSON. No float copy of a weight.
 
-import dataclasses
+    brecq_jax.json     the version, and bytes and SHA-256 of each of the other files; written last
+    model.json.gz      the record of `brecq_jax.deploy._record`, compressed
+    arrays/            an orbax checkpoint of {dtype name: array of one axis}: the record's arrays of this dtype, one
+                       after the other in the record's order. Nothing is compressed here.
+
+One array of a dtype, since each has about 150 bytes of metadata, and a network has hundreds of small ones.
+"""
+
+import gzip
 import hashlib
 import json
+import math
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from brecq_jax import formats
-from brecq_jax._graph import leaf_names, trace
-from brecq_jax._model import Program, Quantized
-from brecq_jax._qarray import QArray
-from brecq_jax.formats import Grid
-from brecq_jax.report import Report
+from brecq_jax._model import Quantized
+from brecq_jax.deploy._record import describe, layout, rebuild, refusing
 
-VERSION = 1
-META, ARRAYS = "brecq_jax.json", "arrays"
+VERSION = 2
+META, MODEL, ARRAYS = "brecq_jax.json", "model.json.gz", "arrays"
+# How much longer than its file a record may be, so that a short file cannot ask for much memory. Ours are about 15 times.
+LONGEST_RECORD = 100
 
 
 def save(path: str | pathlib.Path, quantized: Quantized) -> None:
@@ -37,35 +44,15 @@ def save(path: str | pathlib.Path, quantized: Quantized) -> None:
         raise TypeError(f"save: {type(quantized).__name__} is not a Quantized. Pass what quantize() returned.")
     if path.exists():
         raise FileExistsError(f"save: {path} exists. Give a new path, or remove it.")
-    leaves = jax.tree.leaves(quantized.params, is_leaf=_is_qarray)
-    paths = [p for p, _ in jax.tree.flatten_with_path(quantized.params, is_leaf=_is_qarray)[0]]
-    arrays: dict[str, Any] = {}
-    records = []
-    for n, (leaf, keys) in enumerate(zip(leaves, paths, strict=True)):
-        record: dict[str, Any] = {"path": [_key(k) for k in keys], "shape": list(leaf.shape)}
-        if isinstance(leaf, QArray):
-            arrays |= {f"{n}.codes": leaf.codes} | {f"{n}.{k}": v for k, v in leaf.grid._asdict().items()}
-            record |= {"format": _describe(leaf.format), "channel_axes": list(leaf.channel_axes), "dtype": leaf.dtype}
-        else:
-            arrays[f"{n}.value"] = leaf
-        records.append(record)
-    for n, (name, grid) in enumerate(quantized.activations.items()):
-        arrays |= {f"activation{n}.{k}": v for k, v in grid._asdict().items()}
-    arrays = {name: np.asarray(value) for name, value in arrays.items()}
-    program = quantized.program
-    meta = {
-        "version": VERSION,
-        "leaves": records,
-        "activations": list(quantized.activations),
-        "sites": [[name, _describe(f)] for name, f in program.sites],
-        "whole_values": program.whole_values,
-        "arrays": {n: {"shape": list(a.shape), "dtype": a.dtype.name, "sha256": _digest(a)} for n, a in arrays.items()},
-        "report": program.report.to_json() if program.report is not None else None,
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / ARRAYS, arrays)
+    record, arrays = describe(quantized)
+    parts: dict[str, list[np.ndarray]] = {}
+    for array in arrays.values():
+        parts.setdefault(array.dtype.name, []).append(array.reshape(-1))
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path / ARRAYS, {dtype: np.concatenate(some) for dtype, some in parts.items()})
+    (path / MODEL).write_bytes(gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0))
     # Written last: a folder without it is not a checkpoint.
-    (path / META).write_text(json.dumps(meta, indent=1))
+    (path / META).write_text(json.dumps({"version": VERSION, "files": {name: _seal(path / name) for name in _files(path)}}, indent=1))
 
 
 def restore(path: str | pathlib.Path, apply_fn: Callable, params: Any = None) -> Quantized:
@@ -80,114 +67,77 @@ def restore(path: str | pathlib.Path, apply_fn: Callable, params: Any = None) ->
 
     Raises:
       FileNotFoundError: no checkpoint at the path.
-      ValueError: a damaged checkpoint, or one of another model.
+      ValueError: a damaged checkpoint, one of another model, or one of another version of the library.
     """
     path = pathlib.Path(path).absolute()
     if not (path / META).is_file():
         raise FileNotFoundError(f"restore: {path} is no checkpoint of this library: it has no {META}.")
+    with refusing(path):
+        _check_files(path)
+        record = _read_record(path)
+        return rebuild(record, _read_arrays(path, layout(record)), apply_fn, params)
+
+
+def _check_files(path: pathlib.Path) -> None:
+    """Raise ValueError unless every file is as it was saved: nothing else is read before."""
+    meta = json.loads((path / META).read_bytes())
+    if meta["version"] != VERSION:
+        raise ValueError(f"it has version {meta['version']!r}, and this library reads {VERSION}. Restore it with the release that saved it.")
+    there, saved = _files(path), meta["files"]
+    if set(there) != set(saved):
+        raise ValueError(f"its files are not those that were saved: {', '.join(sorted(set(there) ^ set(saved)))}. Save the model again.")
+    for name in there:
+        seal = _seal(path / name) if (path / name).stat().st_size == saved[name]["bytes"] else None
+        if seal != saved[name]:
+            raise ValueError(f"{name} is damaged: its length or its checksum is not what was saved. Save the model again.")
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    packed = (path / MODEL).read_bytes()
+    reader = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: of gzip
     try:
-        meta = json.loads((path / META).read_text())
-        version = meta["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"restore: {path / META} is damaged: {error}. Save the model again.") from error
-    if version != VERSION:
-        raise ValueError(f"restore: {path} has version {version}, this library reads {VERSION}.")
-    arrays = _read_arrays(path, meta["arrays"])
-    leaves = []
-    for n, record in enumerate(meta["leaves"]):
-        if "format" in record:
-            grid = Grid(*(jnp.asarray(arrays[f"{n}.{field}"]) for field in Grid._fields))
-            codes = jnp.asarray(arrays[f"{n}.codes"])
-            leaves.append(QArray(codes, grid, _format(record["format"]), tuple(record["channel_axes"]), record["dtype"]))
-        else:
-            leaves.append(jnp.asarray(arrays[f"{n}.value"]))
-    tree = _tree(meta["leaves"], leaves, params)
-    activations = {
-        name: Grid(*(jnp.asarray(arrays[f"activation{n}.{field}"]) for field in Grid._fields))
-        for n, name in enumerate(meta["activations"])
-    }
-    sites = tuple((name, _format(f)) for name, f in meta["sites"])
-    report = Report.from_json(meta["report"]) if meta["report"] else None
-    return Quantized(tree, activations, Program(apply_fn, sites, meta["whole_values"], report))
+        text = reader.decompress(packed, LONGEST_RECORD * len(packed))
+    except zlib.error as error:
+        raise ValueError(f"{MODEL} is not compressed by gzip: {error}.") from error
+    if not reader.eof:
+        raise ValueError(f"{MODEL} ends early, or is more than {LONGEST_RECORD} times longer than the file.")
+    return json.loads(text)
 
 
-def _read_arrays(path, expected) -> dict[str, np.ndarray]:
-    abstract = {n: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"])) for n, a in expected.items()}
+def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+    counts: dict[str, int] = {}
+    for dtype, shape in places.values():
+        counts[dtype.name] = counts.get(dtype.name, 0) + math.prod(shape)
+    held = sum((path / name).stat().st_size for name in _files(path))
+    if sum(jnp.dtype(dtype).itemsize * count for dtype, count in counts.items()) > held:
+        raise ValueError(f"its record speaks of more than the {held} bytes of its files.")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(path / ARRAYS, abstract)
-    except (ValueError, KeyError, OSError, TypeError, RuntimeError) as error:
+            found = {name: (np.dtype(a.dtype).name, a.shape) for name, a in checkpointer.metadata(path / ARRAYS).item_metadata.items()}
+            if found != {dtype: (dtype, (count,)) for dtype, count in counts.items()}:
+                raise ValueError(f"{ARRAYS} holds {found}, and the record speaks of {counts}.")
+            whole = checkpointer.restore(path / ARRAYS)
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"restore: the arrays of {path} cannot be read: {reason}. Save the model again.") from error
-    for name, value in arrays.items():
-        if _digest(np.asarray(value)) != expected[name]["sha256"]:
-            raise ValueError(f"restore: {path}: the array {name} is damaged (its checksum differs). Save the model again.")
-    return {n: np.asarray(a) for n, a in arrays.items()}
+        raise ValueError(f"{ARRAYS} cannot be read by orbax: {reason}. Save the model again.") from error
+    arrays, taken = {}, dict.fromkeys(counts, 0)
+    for name, (dtype, shape) in places.items():
+        first = taken[dtype.name]
+        taken[dtype.name] = first + math.prod(shape)
+        arrays[name] = np.asarray(whole[dtype.name][first : taken[dtype.name]]).reshape(shape)
+    return arrays
 
 
-def _tree(records, leaves, params):
-    if params is not None:
-        tree = jax.tree.structure(params, is_leaf=_is_qarray)
-        shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=_is_qarray)]
-        saved = [tuple(x.shape) for x in leaves]
-        if shapes != saved:
-            names = leaf_names(params)
-            raise ValueError(
-                f"restore: the checkpoint is of another model: it has {len(saved)} parameters, `params` has {len(names)}"
-                if len(saved) != len(names)
-                else "restore: the checkpoint is of another model: "
-                + next(f"{n} is {s} there and {g} in `params`." for n, s, g in zip(names, saved, shapes, strict=True) if s != g)
-            )
-        return jax.tree.unflatten(tree, leaves)
-    root: dict = {}
-    for record, leaf in zip(records, leaves, strict=True):
-        if not record["path"]:
-            return leaf
-        node = root
-        for kind, key in record["path"][:-1]:
-            node = node.setdefault((kind, key), {})
-        kind, key = record["path"][-1]
-        node[kind, key] = leaf
-    return _build(root)
+def _checkpointer() -> ocp.Checkpointer:
+    # Uncompressed, though codes of normal weights would shrink by up to a tenth: no file asks for more memory than it has bytes.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
 
 
-def _build(node):
-    if not isinstance(node, dict):
-        return node
-    kinds = {kind for kind, _ in node}
-    if kinds == {"dict"}:
-        return {key: _build(child) for (_, key), child in node.items()}
-    if kinds == {"index"}:
-        return [_build(child) for _, child in sorted(node.items())]
-    raise ValueError(
-        "restore: the parameters were not a tree of dicts and lists. Pass a tree of their structure: "
-        "restore(path, apply_fn, params=…), as brecq_jax.from_nnx gives."
-    )
+def _files(path: pathlib.Path) -> list[str]:
+    """Names of the files beside META, relative to the folder."""
+    return [MODEL, *sorted(f.relative_to(path).as_posix() for f in (path / ARRAYS).rglob("*") if f.is_file())]
 
 
-def _key(entry) -> list:
-    if isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, (str, int)):
-        return ["dict", entry.key]
-    if isinstance(entry, jax.tree_util.SequenceKey):
-        return ["index", entry.idx]
-    return ["other", str(entry)]
-
-
-def _describe(format) -> dict:
-    fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
-    return {"type": type(format).__name__} | {k: _describe(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
-
-
-def _format(record: dict):
-    kind = getattr(formats, record["type"], None) if record["type"] in formats.__all__ else None
-    if not dataclasses.is_dataclass(kind):
-        raise ValueError(f"restore: the format {record['type']!r} is unknown to this version of the library.")
-    return kind(**{k: _format(v) if isinstance(v, dict) else v for k, v in record.items() if k != "type"})
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)
+def _seal(file: pathlib.Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -1,0 +1,281 @@
+"""A Quantized as one JSON record and named arrays: what every file of ours holds, however it lies on disk.
+
+    {"formats": [format, …],              those that are used: {"type": name, …fields}; everything else speaks of their number
+     "leaves": [leaf, …],                 one for each parameter, in the order of the flattened tree
+     "activations": [[name, {"scale": shape, "zero_point": shape}], …],
+     "sites": [[name, format], …],        which value is quantized in which format (its number)
+     "whole_values": bool,
+     "report": what the report's to_json gives, or null}
+
+A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. Steps of its path are the keys of dicts and the
+numbers in lists; [kind, key] where a key is no text, or a step is into something else. A quantized leaf has also {"format",
+"channel_axes", "grid": {"scale": stored, "zero_point": stored}}; its codes, of `shape`, are packed at format.bits in
+`name.codes`, and `dtype` is the float type that they decode to. What is stored of an array of the grid is one of
+
+    {"shape", "dtype"}       the array itself, in `name.scale` or `name.zero_point`
+    {"shape", "bits"}        integers in [0, 2^bits), packed
+    {"shape", "value"}       one integer for all elements, and no array
+
+the shortest that loses nothing. Grids of activations lie one after the other in the float32 arrays `activations.scale` and
+`activations.zero_point`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from brecq_jax import formats
+from brecq_jax._graph import leaf_names
+from brecq_jax._model import Program, Quantized
+from brecq_jax._qarray import QArray, to_rows
+from brecq_jax.deploy.packing import pack, packed_size, unpack
+from brecq_jax.formats import Format, Grid
+from brecq_jax.report import Report
+
+
+def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
+    entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=_is_qarray)
+    names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=_is_qarray))
+    arrays: dict[str, np.ndarray] = {}
+    numbers: dict[Format, int] = {}
+    leaves = []
+    for n, (name, (path, leaf)) in enumerate(zip(names, entries, strict=True)):
+        name = name if names.count(name) == 1 else f"{name}#{n}"
+        entry = {"name": name, "path": [_step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+        if isinstance(leaf, QArray):
+            arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
+            grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.format.bits, leaf.size) for k, v in leaf.grid._asdict().items()}
+            number = numbers.setdefault(leaf.format, len(numbers))
+            entry |= {"format": number, "channel_axes": list(leaf.channel_axes), "grid": grid}
+        else:
+            arrays[name] = np.asarray(leaf)
+        leaves.append(entry)
+    for key in Grid._fields:
+        values = [np.ravel(getattr(grid, key)) for grid in quantized.activations.values()]
+        arrays[f"activations.{key}"] = np.concatenate([np.zeros(0, np.float32), *values])
+    program = quantized.program
+    record = {
+        "leaves": leaves,
+        "activations": [[name, {k: list(v.shape) for k, v in grid._asdict().items()}] for name, grid in quantized.activations.items()],
+        "sites": [[name, numbers.setdefault(f, len(numbers))] for name, f in program.sites],
+        "formats": [_describe_format(f) for f in numbers],
+        "whole_values": program.whole_values,
+        "report": None if program.report is None else program.report.to_json(),
+    }
+    layout(record)  # raises where two arrays have one name
+    return record, arrays
+
+
+def layout(record: dict[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """dtype and shape of every array that the record speaks of. Allocates nothing. To be called in `refusing`."""
+    places = list(_places(record))
+    named = {name: (dtype, shape) for name, dtype, shape in places}
+    if len(named) < len(places):
+        twice = next(name for n, (name, _, _) in enumerate(places) if any(name == other for other, _, _ in places[:n]))
+        raise ValueError(f"two arrays are called {twice}: rename one of the parameters.")
+    return named
+
+
+def rebuild(record: dict[str, Any], arrays: dict[str, np.ndarray], apply_fn: Callable, params: Any) -> Quantized:
+    """The inverse of `describe`, for arrays of the dtypes and shapes of `layout(record)`. To be called in `refusing`."""
+    known = _formats(record)
+    leaves = [_leaf(entry, known, arrays) for entry in record["leaves"]]
+    activations = _activations(record, arrays)
+    sites = tuple((_text(name), known[number]) for name, number in record["sites"])
+    report = None if record["report"] is None else Report.from_json(record["report"])
+    tree = _tree([entry["path"] for entry in record["leaves"]], leaves, params)
+    return Quantized(tree, activations, Program(apply_fn, sites, bool(record["whole_values"]), report))
+
+
+@contextlib.contextmanager
+def refusing(path: Any) -> Iterator[None]:
+    """Whatever reading something else than a record raises becomes a ValueError that names the file."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"restore: {path}: what describes the model is damaged ({what}). Save the model again.") from error
+    except ValueError as error:
+        raise ValueError(f"restore: {path}: {error}") from error
+
+
+def _describe_format(format) -> dict[str, Any]:
+    fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
+    return {"type": type(format).__name__} | {k: _describe_format(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
+
+
+def _build_format(record: dict[str, Any]):
+    kind = getattr(formats, record["type"], None) if record["type"] in formats.__all__ else None
+    if not dataclasses.is_dataclass(kind):
+        raise ValueError(f"the format {record['type']!r} is unknown to this version of the library.")
+    fields = {k: _build_format(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    return kind(**{k: v for k, v in fields.items() if k != "type"})
+
+
+def _formats(record: dict[str, Any]) -> dict[int, Format]:
+    return {number: _build_format(f) for number, f in enumerate(record["formats"])}
+
+
+def _shortest(arrays: dict[str, np.ndarray], name: str, values: np.ndarray, bits: int, count: int) -> dict[str, Any]:
+    """Store an array of the grid of `count` codes, as short as it can be."""
+    whole = values.dtype == np.float32 and np.all((values == np.round(values)) & (0 <= values) & (values < 2**bits))
+    shape = list(values.shape)
+    if not whole:
+        arrays[name] = values
+        return {"shape": shape, "dtype": values.dtype.name}
+    if 0 < values.size <= count and np.all(values == values.flat[0]):
+        return {"shape": shape, "value": int(values.flat[0])}
+    arrays[name] = pack(values.astype(np.uint8), bits)
+    return {"shape": shape, "bits": bits}
+
+
+def _places(record) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
+    known = _formats(record)
+    for leaf in record["leaves"]:
+        name, shape = _text(leaf["name"]), _counts(leaf["shape"])
+        if "format" not in leaf:
+            yield name, _dtype(leaf["dtype"]), shape
+            continue
+        bits, count = known[leaf["format"]].bits, math.prod(shape)
+        yield f"{name}.codes", np.dtype(np.uint8), (packed_size(bits, count),)
+        for key in Grid._fields:
+            yield from _place(f"{name}.{key}", leaf["grid"][key], count)
+    for key in Grid._fields:
+        count = sum(math.prod(_counts(shapes[key])) for _, shapes in record["activations"])
+        yield f"activations.{key}", np.dtype(np.float32), (count,)
+
+
+def _place(name: str, entry: dict[str, Any], count: int) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
+    shape = _counts(entry["shape"])
+    if "value" in entry:
+        # One value may stand for no more elements than there are codes: a short file must not ask for a large array.
+        if math.prod(shape) > count:
+            raise ValueError(f"{name} {shape} is larger than what it scales.")
+    elif "bits" in entry:
+        yield name, np.dtype(np.uint8), (packed_size(entry["bits"], math.prod(shape)),)
+    else:
+        yield name, _dtype(entry["dtype"]), shape
+
+
+def _stored(arrays: dict[str, np.ndarray], name: str, entry: dict[str, Any]) -> np.ndarray:
+    """The array of a grid."""
+    shape = tuple(entry["shape"])
+    if "value" in entry:
+        return np.full(shape, entry["value"], np.float32)
+    if "bits" in entry:
+        return unpack(arrays[name], entry["bits"], math.prod(shape)).astype(np.float32).reshape(shape)
+    return arrays[name]
+
+
+def _leaf(entry: dict[str, Any], known: dict[int, Format], arrays: dict[str, np.ndarray]):
+    name, shape = entry["name"], tuple(entry["shape"])
+    if "format" not in entry:
+        return jnp.asarray(arrays[name])
+    format, axes = known[entry["format"]], tuple(entry["channel_axes"])
+    codes = jnp.asarray(unpack(arrays[f"{name}.codes"], format.bits, math.prod(shape)).reshape(shape))
+    grid = Grid(**{key: jnp.asarray(_stored(arrays, f"{name}.{key}", stored)) for key, stored in entry["grid"].items()})
+    array = QArray(codes, grid, format, axes, _float_dtype(entry["dtype"]))
+    format.check(jax.eval_shape(lambda c: to_rows(c, axes), codes).shape)
+    if jax.eval_shape(QArray.decode, array).shape != shape:
+        raise ValueError(f"{name} {shape} does not decode with grids {[g.shape for g in grid]} along axes {axes}")
+    return array
+
+
+def _activations(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Grid]:
+    grids, taken = {}, dict.fromkeys(Grid._fields, 0)
+    for name, shapes in record["activations"]:
+        parts = {}
+        for key, first in taken.items():
+            taken[key] = first + math.prod(shapes[key])
+            parts[key] = jnp.asarray(arrays[f"activations.{key}"][first : taken[key]].reshape(shapes[key]))
+        grids[_text(name)] = Grid(**parts)
+    return grids
+
+
+def _tree(paths, leaves, params):
+    if params is not None:
+        tree = jax.tree.structure(params, is_leaf=_is_qarray)
+        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=_is_qarray))
+        shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=_is_qarray)]
+        saved = [tuple(x.shape) for x in leaves]
+        if len(saved) != len(shapes):
+            raise ValueError(f"it is of another model: it has {len(saved)} parameters, `params` has {len(shapes)}.")
+        for name, there, given in zip(names, saved, shapes, strict=True):
+            if there != given:
+                raise ValueError(f"it is of another model: {name} is {there} there and {given} in `params`.")
+        return jax.tree.unflatten(tree, leaves)
+    root: dict = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        steps = [_kind_and_key(step) for step in path]
+        if not steps:
+            return leaf
+        node = root
+        for step in steps[:-1]:
+            node = node.setdefault(step, {})
+        if node.setdefault(steps[-1], leaf) is not leaf:
+            raise ValueError(f"two parameters are at {path}.")
+    return _build(root)
+
+
+def _build(node):
+    if not isinstance(node, dict):
+        return node
+    kinds = {kind for kind, _ in node}
+    if kinds == {"dict"}:
+        return {key: _build(child) for (_, key), child in node.items()}
+    if kinds == {"index"}:
+        return [_build(child) for _, child in sorted(node.items())]
+    raise ValueError(
+        "the parameters were not a tree of dicts and lists. Pass a tree of their structure: "
+        "restore(path, apply_fn, params=…), as brecq_jax.from_nnx gives."
+    )
+
+
+def _step(entry) -> Any:
+    if isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, (str, int)):
+        return entry.key if isinstance(entry.key, str) else ["dict", entry.key]
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else ["other", str(entry)]
+
+
+def _kind_and_key(step: Any) -> tuple[str, Any]:
+    if isinstance(step, list):
+        kind, key = step
+        return kind, key
+    return ("dict" if isinstance(step, str) else "index"), step
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name {name!r}")
+    return name
+
+
+def _counts(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape {shape!r}")
+    return tuple(shape)
+
+
+def _dtype(name: Any) -> np.dtype:
+    dtype = jnp.dtype(_text(name))
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == bool):
+        raise ValueError(f"the dtype {name!r} is not one of numbers.")
+    return dtype
+
+
+def _float_dtype(name: Any) -> str:
+    if not jnp.issubdtype(_dtype(name), jnp.floating):
+        raise ValueError(f"the float type {name!r}")
+    return name
+
+
+def _is_qarray(x) -> bool:
+    return isinstance(x, QArray)
