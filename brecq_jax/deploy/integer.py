@@ -18,6 +18,7 @@ from brecq_jax.deploy import _integer_ops
 from brecq_jax.deploy._lowering import (
     Reading, Taken, clip_bounds, encode, left_over, op_constants, rewrite, weight_codes, why_float,
 )  # fmt: skip
+from brecq_jax.deploy._tiles import tiled_dot
 from brecq_jax.deploy.packing import pack, unpack
 from brecq_jax.formats import Format, Grid
 
@@ -175,15 +176,18 @@ def _call(integer: Integer, inputs):
     graph = trace(program.apply_fn, floats, inputs)
     reading, block = Reading(graph), whole(graph)
     taken = {t.op: t for t in integer.taken}
-    codes = jax.tree.leaves(params, is_leaf=_is_qarray)
+    held = jax.tree.leaves(integer.params, is_leaf=lambda x: isinstance(x, PackedArray))
 
     def on_op(number: int, step: Step, operands: list):
         op = block.ops[number]
-        if op.name not in taken:
-            return fast_op(number, step, operands)
-        weight = slice_qarray(codes[graph.weights[op.weight].leaf], graph.weights[op.weight])
-        x = operands[step.arguments[op.data_position]]
-        return [_integer_op(reading, op, x, weight, integer, taken[op.name])]
+        x, packed = operands[step.arguments[op.data_position]], held[graph.weights[op.weight].leaf]
+        if op.name in taken:
+            return [_integer_op(reading, op, x, packed, integer, taken[op.name])]
+        y = None
+        if isinstance(packed, PackedArray) and _reads_itself(graph, op):
+            dtype = graph.flat.types[step.outputs[0]].dtype
+            y = tiled_dot(step, x, packed, op.data_position, lambda tile: tile.decode().astype(x.dtype), dtype)
+        return fast_op(number, step, operands) if y is None else [y]
 
     def on_input(number: int, x):
         return x if block.ops[number].name in taken else hooks["on_input"](number, x)
@@ -199,8 +203,9 @@ def _call(integer: Integer, inputs):
     return jax.tree.unflatten(graph.out_tree, outputs)
 
 
-def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, taken: Taken):
+def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integer, taken: Taken):
     """One op and what it takes over: from floats or codes to floats or codes."""
+    weight = slice_qarray(packed.qarray(), reading.graph.weights[op.weight])
     step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
@@ -209,7 +214,9 @@ def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, t
         x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
         sums = _integer_ops.conv(step, x, w)
     else:
-        sums = _integer_ops.dot(step, x, w, op.data_position)
+        tiled = tiled_dot if _reads_itself(reading.graph, op) else lambda *_: None
+        sums = tiled(step, x, packed, op.data_position, lambda tile: weight_codes(reading, op, tile), jnp.int32)
+        sums = _integer_ops.dot(step, x, w, op.data_position) if sums is None else sums
     if weight.format.bits == 8 and not weight.format.symmetric:
         sums -= arrays["weight_zero"] * _integer_ops.window_sums(step, x, op.data_position, w.shape)
     if bits == 8:
@@ -220,6 +227,11 @@ def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, t
     given = _scalars(integer.activations[taken.codes_for])
     unit = Grid(jnp.float32(1), given.zero_point)
     return encode(y, unit, formats[taken.codes_for].bits, arrays.get("low"), arrays.get("high"))
+
+
+def _reads_itself(graph: Graph, op: Op) -> bool:
+    """Whether the op reads a whole parameter, with nothing in between."""
+    return graph.origins.get(op.weight_value) == (graph.weights[op.weight].leaf, ())
 
 
 def _padded(step: Step, x, zero):
