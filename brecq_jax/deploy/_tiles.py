@@ -21,9 +21,11 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
 
     None: the weight is no larger than a tile, or there are no tiles of whole bytes, or the product is of another kind.
     """
-    (contracting, batch), shape = step.params["dimension_numbers"], weight.shape
     per_channel = isinstance(weight.format, Uniform) and len(weight.channel_axes) == 1
-    if step.primitive != "dot_general" or len(shape) != 2 or batch[0] or not per_channel or len(contracting[0]) != 1:
+    if step.primitive != "dot_general" or len(weight.shape) != 2 or not per_channel:
+        return None
+    (contracting, batch), shape = step.params["dimension_numbers"], weight.shape
+    if batch[0] or len(contracting[0]) != 1:
         return None
     summed = contracting[1 - data_position][0]
     if summed == weight.channel_axes[0]:
