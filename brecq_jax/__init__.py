@@ -12,9 +12,9 @@ from brecq_jax._nnx import from_nnx
 from brecq_jax._plan import Plan, make_plan
 from brecq_jax._qarray import QArray
 from brecq_jax._quantize import quantize
-from brecq_jax.deploy import restore, save
+from brecq_jax.deploy import export, restore, save
 
 __all__ = [
     "Experiment", "Graph", "Plan", "QArray", "Quantized",
-    "formats", "from_nnx", "make_plan", "models", "quantize", "report", "restore", "save", "solvers", "trace",
+    "export", "formats", "from_nnx", "make_plan", "models", "quantize", "report", "restore", "save", "solvers", "trace",
 ]  # fmt: skip

@@ -30,6 +30,8 @@ def fast_op(number: int, step: Step, operands: list) -> Sequence[jax.Array] | No
     if jax.default_backend() != "cpu" or step.primitive != "conv_general_dilated" or len(operands) != 2:
         return None
     (x, kernel), p = operands, step.params
+    if not isinstance(x.shape[0], int):  # a program that is exported, with any batch size, perhaps for another backend
+        return None
     dims, groups, padding = p["dimension_numbers"], p["feature_group_count"], tuple(map(tuple, p["padding"]))
     plain = (dims.lhs_spec, dims.rhs_spec, dims.out_spec) == NHWC and set(p["lhs_dilation"]) == {1} and p["batch_group_count"] == 1
     dtype = p["preferred_element_type"] or x.dtype

@@ -5,6 +5,7 @@ value derived from the inputs. Nothing is registered and no class is known; name
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -242,7 +243,8 @@ class _Reader:
             env = {root: np.broadcast_to(index, shape).astype(self.flat.types[root].dtype)}
             for s in chain:
                 if all(i in env for i in s.inputs):
-                    env.update(zip(s.outputs, s.run(*(env[i] for i in s.inputs)), strict=True))
+                    with jax.ensure_compile_time_eval():  # a model is traced inside its caller's jit, too
+                        env.update(zip(s.outputs, s.run(*(env[i] for i in s.inputs)), strict=True))
             labels = np.asarray(env.get(weight, env[root]), np.float32)
             if labels.ndim <= max(others, default=-1) or np.all(np.ptp(labels, axis=others) == 0):
                 found.append(axis)
@@ -260,16 +262,17 @@ class _Reader:
         return tuple(found)
 
     def macs(self, step, weight) -> int:
+        # No int(): a program that is exported has a batch size without a number.
         out = self.flat.types[step.outputs[0]]
         size = self.flat.types[weight].size
         if step.primitive == "gather":
             return 0
         if step.primitive == "dot_general":
-            (lhs, _), (batch, _) = step.params["dimension_numbers"]
+            (lhs, _), _ = step.params["dimension_numbers"]
             shape = self.flat.types[step.inputs[0]].shape
-            return int(out.size * np.prod([shape[a] for a in lhs], dtype=int))
+            return out.size * math.prod(shape[a] for a in lhs)
         channels = self.flat.types[weight].shape[step.params["dimension_numbers"].rhs_spec[0]]
-        return int(out.size * size // max(channels, 1))
+        return out.size * size // max(channels, 1)
 
     def skip_inside(self, step):
         for ident in step.inputs:

@@ -1,0 +1,253 @@
+"""A quantized model that computes with integers, and holds packed bytes."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from brecq_jax._fast_ops import fast_op
+from brecq_jax._graph import Graph, Op, trace
+from brecq_jax._interpret import param_values, run, whole
+from brecq_jax._jaxpr import Step
+from brecq_jax._model import Program, Quantized, quantize_hooks, slice_qarray
+from brecq_jax._qarray import QArray
+from brecq_jax.deploy import _integer_ops
+from brecq_jax.deploy._lowering import (
+    Reading, Taken, clip_bounds, encode, left_over, op_constants, rewrite, weight_codes, why_float,
+)  # fmt: skip
+from brecq_jax.deploy._tiles import tiled_dot
+from brecq_jax.deploy.packing import pack, unpack
+from brecq_jax.formats import Format, Grid
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("packed", "grid"), meta_fields=("shape", "format", "channel_axes", "dtype"))
+@dataclasses.dataclass(frozen=True)
+class PackedArray:
+    """A QArray whose codes are packed bytes: law: `PackedArray.of(q).qarray()` equals q. `packed`: see `packing`."""
+
+    packed: jax.Array
+    grid: Grid
+    shape: tuple[int, ...]
+    format: Format
+    channel_axes: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, array: QArray) -> "PackedArray":
+        return cls(pack(array.codes, array.format.bits), array.grid, array.shape, array.format, array.channel_axes, array.dtype)
+
+    def qarray(self) -> QArray:
+        # The barrier keeps the bytes of an exported program bytes: XLA would compute with constants while it compiles.
+        packed = jax.lax.optimization_barrier(self.packed)
+        size = QArray(jax.ShapeDtypeStruct(self.shape, jnp.uint8), self.grid, self.format, self.channel_axes, self.dtype).size
+        codes = unpack(packed, self.format.bits, size).reshape(self.shape)
+        return QArray(codes, self.grid, self.format, self.channel_axes, self.dtype)
+
+
+def packed_params(quantized: Quantized) -> Any:
+    """The params with a PackedArray for every QArray."""
+    return jax.tree.map(lambda x: PackedArray.of(x) if isinstance(x, QArray) else x, quantized.params, is_leaf=_is_qarray)
+
+
+def unpacked(params: Any) -> Any:
+    """The inverse: a QArray for every PackedArray."""
+    return jax.tree.map(lambda x: x.qarray() if isinstance(x, PackedArray) else x, params, is_leaf=lambda x: isinstance(x, PackedArray))
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "activations", "ops"), meta_fields=("program", "taken", "kept_float"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class Integer:
+    """A quantized model on integers: a pytree to call, jit and shard, as a `Quantized` is.
+
+    `params`: the caller's tree, quantized leaves packed. `ops`: the constants of each integer op. `kept_float`: (op, why).
+    """
+
+    params: Any
+    activations: Mapping[str, Grid]
+    ops: Mapping[str, Mapping[str, jax.Array]]
+    program: Program
+    taken: tuple[Taken, ...]
+    kept_float: tuple[tuple[str, str], ...]
+
+    def __call__(self, inputs: Any) -> Any:
+        """Outputs in the structure that the float model's have."""
+        return _call(self, inputs)
+
+    def __repr__(self) -> str:
+        merged = sum(t.affine for t in self.taken)
+        codes = sum(t.codes_for is not None for t in self.taken)
+        lines = [
+            f"Integer({len(self.taken)} of {len(self.taken) + len(self.kept_float)} ops on integers; {merged} affine steps merged into them; "
+            f"{codes} hand codes on)"
+        ]
+        return "\n".join(lines + [f"  kept float: {name}: {why}" for name, why in self.kept_float])
+
+
+def to_integer(quantized: Quantized, inputs: Any) -> Integer:
+    """The model with int8 × int8 → int32 products and convolutions wherever its plan allows.
+
+        integer = brecq_jax.deploy.to_integer(quantized, images[:1])
+        logits = integer(images)
+        print(integer)      # what stayed float, and why
+
+    Outputs are the fake-quantized model's but for float rounding, which moves a code by one where a value lies half way
+    between two. Weights of fewer bits stay packed in memory and are unpacked to int8 inside the program.
+
+    Args:
+      quantized: what `quantize` or `restore` returned.
+      inputs: an example of what the model takes, or its `jax.ShapeDtypeStruct`s; one image is enough, and the batch size free.
+
+    Raises:
+      TypeError: not a Quantized.
+    """
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"to_integer: {type(quantized).__name__} is not a Quantized. Pass what quantize() returned.")
+    graph = trace(quantized.program.apply_fn, jax.eval_shape(quantized.dequantized), inputs)
+    reading, formats = Reading(graph), dict(quantized.program.sites)
+    weights = {op.name: quantized.weight(graph.weights[op.weight]) for op in graph.ops}
+    kept_float = {op.name: why_float(reading, op, weights[op.name], formats) for op in graph.ops}
+    able = [op for op in graph.ops if kept_float[op.name] is None]
+    found, clips = jax.jit(lambda quantized: _constants(reading, quantized, able))(quantized)
+    for op in able:
+        if not found[op.name]["uniform"]:
+            kept_float[op.name] = "its weight's scale varies along what a sum of integers adds"
+    able = [op for op in able if kept_float[op.name] is None]
+    taken, ops = {}, {}
+    for op in able:
+        taken[op.name], ops[op.name] = _choose(reading, op, found[op.name], clips.get(op.name), {o.name for o in able}, quantized)
+    params = packed_params(quantized)
+    why = tuple((name, reason) for name, reason in kept_float.items() if reason is not None)
+    return Integer(params, quantized.activations, ops, quantized.program, tuple(taken.values()), why)
+
+
+def _constants(reading: Reading, quantized: Quantized, able: list[Op]) -> tuple[dict, dict]:
+    """`op_constants` of each op, and the bounds of the clip that follows it, if one does."""
+    graph = reading.graph
+    leaves = jax.tree.leaves(quantized.dequantized())
+    values: dict[int, jax.Array] = {}
+
+    def value_of(ident: int):
+        if ident not in values:
+            if ident in graph.origins:
+                leaf, index = graph.origins[ident]
+                values[ident] = leaves[leaf][index] if index else leaves[leaf]
+            elif ident in graph.flat.constants:
+                values[ident] = graph.flat.constants[ident]
+            else:
+                step = reading.maker[ident]
+                values.update(zip(step.outputs, step.run(*map(value_of, step.inputs)), strict=True))
+        return values[ident]
+
+    found, clips, formats = {}, {}, dict(quantized.program.sites)
+    for op in able:
+        weight, grid = quantized.weight(graph.weights[op.weight]), _scalars(quantized.activations[op.site])
+        found[op.name] = op_constants(reading, op, weight, grid, formats[op.site].bits, value_of)
+        if steps := reading.steps_after(op)[1]:
+            clips[op.name] = clip_bounds(reading, steps, value_of)
+    return found, clips
+
+
+def _choose(reading: Reading, op: Op, found, clip, able: set[str], quantized: Quantized) -> tuple[Taken, dict]:
+    """What an op takes over, and its arrays."""
+    affine_steps, clipping = reading.steps_after(op)
+    affine = max(n for n, (_, _, per_channel) in enumerate(found["affine"]) if per_channel)
+    scale, bias, _ = found["affine"][affine]
+    arrays = {"scale": scale, "bias": bias, "offset": found["offset"], "weight_zero": found["weight_zero"]}
+    clips = len(clipping) if clip is not None and clip[0] and affine == len(affine_steps) else 0
+    end = [reading.step(op), *affine_steps[:affine], *clipping[:clips]][-1]
+    readers = reading.read_as_codes_by(end.outputs[0])
+    if readers is None or any(o.name not in able for o in readers):
+        return Taken(op.name, affine), arrays
+    grid = _scalars(quantized.activations[readers[0].site])
+    arrays |= {"scale": scale / grid.scale, "bias": bias / grid.scale}
+    if clips:
+        arrays |= {"low": jnp.round(clip[1] / grid.scale), "high": jnp.round(clip[2] / grid.scale)}
+    return Taken(op.name, affine, clips, readers[0].site), arrays
+
+
+@jax.jit
+def _call(integer: Integer, inputs):
+    program, formats = integer.program, dict(integer.program.sites)
+    params = unpacked(integer.params)
+    floats = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=_is_qarray)
+    graph = trace(program.apply_fn, floats, inputs)
+    reading, block = Reading(graph), whole(graph)
+    taken = {t.op: t for t in integer.taken}
+    held = jax.tree.leaves(integer.params, is_leaf=lambda x: isinstance(x, PackedArray))
+
+    def on_op(number: int, step: Step, operands: list):
+        op = block.ops[number]
+        x, packed = operands[step.arguments[op.data_position]], held[graph.weights[op.weight].leaf]
+        if op.name in taken:
+            return [_integer_op(reading, op, x, packed, integer, taken[op.name])]
+        y = None
+        if isinstance(packed, PackedArray) and _reads_itself(graph, op):
+            dtype = graph.flat.types[step.outputs[0]].dtype
+            y = tiled_dot(step, x, packed, op.data_position, lambda tile: tile.decode().astype(x.dtype), dtype)
+        return fast_op(number, step, operands) if y is None else [y]
+
+    def on_input(number: int, x):
+        return x if block.ops[number].name in taken else hooks["on_input"](number, x)
+
+    def on_value(site: int, x):
+        return x if x.dtype == jnp.int8 else hooks["on_value"](site, x)
+
+    hooks = quantize_hooks(block, formats, integer.activations, program.whole_values)
+    mine = {"on_input": on_input, "on_value": on_value} if program.whole_values else {"on_input": on_input}
+    values = dict(zip(graph.flat.inputs[graph.num_leaves :], jax.tree.leaves(inputs), strict=True))
+    operands = [values[i] for i in block.ins], param_values(graph, block, jax.tree.leaves(floats)), block.constants
+    outputs = run(rewrite(reading, block, taken), *operands, on_op=on_op, **mine)
+    return jax.tree.unflatten(graph.out_tree, outputs)
+
+
+def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integer, taken: Taken):
+    """One op and what it takes over: from floats or codes to floats or codes."""
+    weight = slice_qarray(packed.qarray(), reading.graph.weights[op.weight])
+    step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
+    grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
+    x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
+    w = weight_codes(reading, op, weight)
+    if op.kind == "conv":
+        x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
+        sums = _integer_ops.conv(step, x, w)
+    else:
+        tiled = tiled_dot if _reads_itself(reading.graph, op) else lambda *_: None
+        sums = tiled(step, x, packed, op.data_position, lambda tile: weight_codes(reading, op, tile), jnp.int32)
+        sums = _integer_ops.dot(step, x, w, op.data_position) if sums is None else sums
+    if weight.format.bits == 8 and not weight.format.symmetric:
+        sums -= arrays["weight_zero"] * _integer_ops.window_sums(step, x, op.data_position, w.shape)
+    if bits == 8:
+        sums += arrays["offset"]
+    y = sums.astype(jnp.float32) * arrays["scale"] + arrays["bias"]
+    if taken.codes_for is None:
+        return y.astype(reading.graph.flat.types[step.outputs[0]].dtype)
+    given = _scalars(integer.activations[taken.codes_for])
+    unit = Grid(jnp.float32(1), given.zero_point)
+    return encode(y, unit, formats[taken.codes_for].bits, arrays.get("low"), arrays.get("high"))
+
+
+def _reads_itself(graph: Graph, op: Op) -> bool:
+    """Whether the op reads a whole parameter, with nothing in between."""
+    return graph.origins.get(op.weight_value) == (graph.weights[op.weight].leaf, ())
+
+
+def _padded(step: Step, x, zero):
+    """The image with the code of zero wherever the convolution pads or dilates it."""
+    config = [(0, 0, 0)] * x.ndim
+    padding, dilation = step.params["padding"], step.params["lhs_dilation"]
+    for axis, (low, high), spread in zip(step.params["dimension_numbers"].lhs_spec[2:], padding, dilation, strict=True):
+        config[axis] = (low, high, spread - 1)
+    padded = jax.lax.pad(x, zero, config)
+    # XLA:CPU (jax 0.10.2) folds a pad between pixels into the convolution and then sums what lies beside it in memory.
+    return jax.lax.optimization_barrier(padded) if max(dilation) > 1 else padded
+
+
+def _scalars(grid: Grid) -> Grid:
+    return jax.tree.map(jnp.squeeze, grid)
+
+
+def _is_qarray(x) -> bool:
+    return isinstance(x, QArray)
