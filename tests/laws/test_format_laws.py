@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from brecq_jax.deploy import pack, unpack
 from brecq_jax.formats import LpRange, MinMax, Uniform
 
 FORMATS = [
@@ -69,6 +70,15 @@ def test_codes_are_bytes_that_fit_in_bits(format):
     codes = format.encode(1e3 * probes(), format.fit(rows()))
     assert codes.dtype == jnp.uint8 and codes.shape == (CHANNELS, ELEMENTS)
     assert int(codes.max()) < 2**format.bits
+
+
+@every_format
+def test_packed_codes_take_the_bits_that_storage_counts_and_come_back(format):
+    grid = format.fit(rows())
+    codes = format.encode(probes(), grid)
+    packed = pack(codes, format.bits)
+    assert 0 <= format.storage_bits(codes, grid) - 8 * packed.size <= (32 + format.bits) * grid.scale.size
+    np.testing.assert_array_equal(unpack(packed, format.bits, codes.size).reshape(codes.shape), codes)
 
 
 @every_format
