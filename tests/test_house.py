@@ -74,7 +74,7 @@ def test_the_front_door_is_what_the_readme_lists():
     assert all(getattr(brecq_jax, name).__doc__ for name in brecq_jax.__all__)
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/choosing.md", "docs/extending.md", "docs/deploy.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/choosing.md", "docs/deploy.md", "docs/extending.md"])
 def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.S)
