@@ -6,8 +6,8 @@ from typing import Any
 from brecq_jax import formats
 
 
-def to_record(format: formats.Format) -> dict[str, Any]:
-    """`{"type": "Uniform", "bits": 4, …}`. Law: from_record(to_record(format)) == format."""
+def to_record(format: Any) -> dict[str, Any]:
+    """Of a format, or of a range rule inside it: `{"type": "Uniform", "bits": 4, …}`. Law: from_record(to_record(format)) == format."""
     fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
     return {"type": type(format).__name__} | {k: to_record(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
 

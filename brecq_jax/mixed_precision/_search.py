@@ -8,7 +8,6 @@ import numpy as np
 
 from brecq_jax._graph import Graph
 from brecq_jax._plan import Plan, Rules
-from brecq_jax.formats import Uniform
 from brecq_jax.mixed_precision._table import Table, choices_of, make_table, to_plan
 from brecq_jax.mixed_precision.costs import Budget, Latency
 from brecq_jax.mixed_precision.exact import cheapest, exact
@@ -28,7 +27,7 @@ def search(
     sensitivities: Sensitivities,
     budget: Budget,
     *,
-    weights: Rules = Uniform(8),
+    weights: Rules = None,
     activations: Rules = None,
     latency: Latency | None = None,
     solver: Callable = exact,
@@ -40,8 +39,8 @@ def search(
         quantized = brecq_jax.quantize(params, apply_fn, calib_ds, **plan.rules)
 
     Args:
-      weights, activations: rules by name, which win over the search; what is neither ruled nor measured gets the single format, with
-        the preset that the sensitivities were measured with.
+      weights, activations: rules by name win over the search. A single format is for what is neither ruled nor measured; None: the last
+        choice, or float for activations that have no choices. The preset is the one that the sensitivities were measured with.
       latency: for `latency_us`: `SystolicArray().latency(graph)`, `read_latency(path)`, or `measure_latency(graph)`.
       solver: `exact`, or `Genetic()`.
 
@@ -54,7 +53,7 @@ def search(
 
 
 def pareto(
-    graph: Graph, sensitivities: Sensitivities, budgets: Sequence[Budget], *, weights: Rules = Uniform(8), activations: Rules = None,
+    graph: Graph, sensitivities: Sensitivities, budgets: Sequence[Budget], *, weights: Rules = None, activations: Rules = None,
     latency: Latency | None = None, solver: Callable = exact, key: jax.Array | None = None,
 ) -> list[Point]:  # fmt: skip
     """`search` for each budget: with `solver=exact` the plans that nothing beats in loss and in what the budgets bound."""
@@ -63,7 +62,7 @@ def pareto(
 
 
 def predict(
-    graph: Graph, sensitivities: Sensitivities, plan: Plan, *, weights: Rules = Uniform(8), activations: Rules = None, latency: Latency | None = None
+    graph: Graph, sensitivities: Sensitivities, plan: Plan, *, weights: Rules = None, activations: Rules = None, latency: Latency | None = None
 ) -> Point:
     """Predicted loss and costs of any plan of the choices."""
     table = make_table(graph, sensitivities, weights, activations, latency)

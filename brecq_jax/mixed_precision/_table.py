@@ -10,7 +10,7 @@ import numpy as np
 
 from brecq_jax._graph import Graph
 from brecq_jax._plan import Plan, Rules, describe, make_plan, size_bits
-from brecq_jax.formats import Format, Uniform
+from brecq_jax.formats import Format
 from brecq_jax.mixed_precision.costs import FLOAT_BITS, Latency, latency_of, macs
 from brecq_jax.mixed_precision.sensitivities import READS, Sensitivities, decision
 
@@ -56,15 +56,18 @@ def make_table(
     Raises:
       ValueError: nothing is open, or the sensitivities are of another model.
     """
-    base = make_plan(graph, weights, activations, sensitivities.preset)
+    ruled = make_plan(graph, weights, activations, sensitivities.preset)
+    rest = make_plan(graph, _rest(weights, sensitivities.weights), _rest(activations, sensitivities.activations), sensitivities.preset)
     formats: dict[str, tuple[Format | None, ...]] = {}
     for name in graph.weights:
         own = decision(graph, name)
-        searched = own in sensitivities.losses and not _ruled(weights, name)
-        formats[own] = sensitivities.weights if searched else (base.weights[name],)
-    for name, format in base.activations.items():
-        searched = READS + name in sensitivities.losses and not _ruled(activations, name)
-        formats[READS + name] = sensitivities.activations if searched else (format,)
+        open = own in sensitivities.losses
+        formats[own] = (ruled.weights[name],) if _names(weights, name) else sensitivities.weights if open else (rest.weights[name],)
+    for name in rest.activations:
+        open = READS + name in sensitivities.losses
+        formats[READS + name] = (
+            (ruled.activations[name],) if _names(activations, name) else sensitivities.activations if open else (rest.activations[name],)
+        )
     unknown = set(sensitivities.losses) - set(formats)
     if unknown:
         raise ValueError(f"search: the sensitivities are of another model: it has no {', '.join(sorted(unknown)[:5])}. Measure this one.")
@@ -110,7 +113,12 @@ def to_plan(table: Table, graph: Graph, choices: np.ndarray, preset: str | None)
     return make_plan(graph, weights, activations, preset)
 
 
-def _ruled(rules: Rules, name: str) -> bool:
+def _rest(rules: Rules, choices) -> Format | None:
+    """What is neither named by a rule nor measured gets."""
+    return rules if isinstance(rules, Format) else choices[-1] if choices else None
+
+
+def _names(rules: Rules, name: str) -> bool:
     return isinstance(rules, Mapping) and any(re.fullmatch(pattern, name) for pattern in rules)
 
 
