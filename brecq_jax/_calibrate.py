@@ -165,7 +165,9 @@ def _observe(program, inputs, params, constants):
     return seen
 
 
-def fisher(problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16, normalised: bool = True) -> list[dict[int, np.ndarray]]:
+def fisher(
+    problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16, normalised: bool = True
+) -> list[dict[int, np.ndarray]]:
     """The diagonal Fisher of every block's outputs, one per example: squared gradients, `normalised` to mean 1.
 
     Labels are drawn from the float model's own prediction, so that the expectation of the squared gradient is the

@@ -9,6 +9,6 @@ from brecq_jax.mixed_precision.rules import load_rules, save_rules
 from brecq_jax.mixed_precision.sensitivities import Sensitivities, divergence, measure
 
 __all__ = [
-    "Budget", "Genetic", "Point", "Sensitivities", "SystolicArray", "divergence", "exact", "load_rules", "measure", "pareto", "plot_sensitivities", "predict", "read_latency", "save_rules",
-    "search", "write_latency",
+    "Budget", "Genetic", "Point", "Sensitivities", "SystolicArray", "divergence", "exact", "load_rules", "measure", "pareto",
+    "plot_sensitivities", "predict", "read_latency", "save_rules", "search", "write_latency",
 ]  # fmt: skip

@@ -41,7 +41,7 @@ def search(
     Args:
       weights, activations: rules by name win over the search. A single format is for what is neither ruled nor measured; None: the last
         choice, or float for activations that have no choices. The preset is the one that the sensitivities were measured with.
-      latency: for `latency_us`: `SystolicArray().latency(graph)`, `read_latency(path)`, or `measure_latency(graph)`.
+      latency: for `latency_us`: `SystolicArray().latency(graph)`, or `read_latency(path)`.
       solver: `exact`, or `Genetic()`.
 
     Raises:

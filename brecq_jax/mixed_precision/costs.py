@@ -36,8 +36,8 @@ class SystolicArray:
     arithmetic = MACs / (peak · utilisation), where peak grows as 8/weight_bits · 8/act_bits: 256 GMAC/s at 8×8 bits, 512 at 8×4, 4 T at
     2×2. memory = (bits of weights + bits of inputs) / bandwidth.
 
-    Source: the peaks are those of BRECQ's accelerator, section 3.4 and its appendix (https://arxiv.org/abs/2102.05426), whose simulator was
-    never released: this is an analytic stand-in. `depthwise_utilisation` and `bandwidth_gbit` are guesses of ours.
+    Source: the peaks are those of BRECQ's accelerator (https://arxiv.org/abs/2102.05426), whose simulator was never released: this is
+    an analytic stand-in. `depthwise_utilisation` and `bandwidth_gbit` are guesses of ours.
     """
 
     peak_gmacs: float = 256.0  # per second, at 8×8 bits

@@ -36,8 +36,9 @@ class Sensitivities:
     decision is a parameter by name (all its slices, if a scan stacks them), or `reads NAME`. `interactions`: what a set of
     weights of one block loses together beyond its parts and the sets within it. `preset`: what it fixes was not measured.
 
-    Source: BRECQ, section 3.4 (https://arxiv.org/abs/2102.05426): all choices of a layer alone, 2-bit choices of a block's layers
-    together. There one number a set, here its increments, so that a set that was not tried still counts its pairs.
+    Source: BRECQ's mixed precision (https://arxiv.org/abs/2102.05426): all choices of a layer alone, 2-bit choices of a block's layers
+    together. There is no code of theirs. Here a set has its increment over the sets within it, so that one that was not tried still
+    counts its pairs.
     """
 
     weights: tuple[Format, ...]
