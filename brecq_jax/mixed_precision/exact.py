@@ -103,10 +103,11 @@ class _Rows:
         c[list(goal)] = list(goal.values())
         r, v, values = zip(*self.entries, strict=True)
         matrix = sparse.csr_matrix((values, (r, v)), (len(self.low), self.count))
+        # Without presolve HiGHS finds the same optimum as soon, and prints nothing.
         result = optimize.milp(
             c * 1e3 / max(np.abs(c).max(), 1e-300),  # tolerances are absolute
             integrality=np.arange(self.count) < self.binary, bounds=optimize.Bounds(0, 1),
-            constraints=optimize.LinearConstraint(matrix, self.low, self.high), options={"mip_rel_gap": 0},
+            constraints=optimize.LinearConstraint(matrix, self.low, self.high), options={"mip_rel_gap": 0, "presolve": False},
         )  # fmt: skip
         if result.x is None:
             return None
