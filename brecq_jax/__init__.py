@@ -4,7 +4,7 @@
     logits = quantized(images)
 """
 
-from brecq_jax import formats, models, report, solvers
+from brecq_jax import formats, mixed_precision, models, report, solvers
 from brecq_jax._experiment import Experiment
 from brecq_jax._graph import Graph, trace
 from brecq_jax._model import Quantized
@@ -13,8 +13,10 @@ from brecq_jax._plan import Plan, make_plan
 from brecq_jax._qarray import QArray
 from brecq_jax._quantize import quantize
 from brecq_jax.deploy import export, restore, save
+from brecq_jax.mixed_precision import search
 
 __all__ = [
     "Experiment", "Graph", "Plan", "QArray", "Quantized",
-    "export", "formats", "from_nnx", "make_plan", "models", "quantize", "report", "restore", "save", "solvers", "trace",
+    "export", "formats", "from_nnx", "make_plan", "mixed_precision", "models", "quantize", "report", "restore", "save", "search", "solvers",
+    "trace",
 ]  # fmt: skip

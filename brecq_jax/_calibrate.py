@@ -165,8 +165,10 @@ def _observe(program, inputs, params, constants):
     return seen
 
 
-def fisher(problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16) -> list[dict[int, np.ndarray]]:
-    """The diagonal Fisher of every block's outputs, one per example: squared gradients, normalised to mean 1.
+def fisher(
+    problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16, normalised: bool = True
+) -> list[dict[int, np.ndarray]]:
+    """The diagonal Fisher of every block's outputs, one per example: squared gradients, `normalised` to mean 1.
 
     Labels are drawn from the float model's own prediction, so that the expectation of the squared gradient is the
     Fisher information (not its empirical stand-in). A zero probe is added to every block output and differentiated:
@@ -198,7 +200,7 @@ def fisher(problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.A
                 target = found[n][position] = memory.empty(shape, np.float32)
             target[start:stop] = np.square(np.asarray(grad[: stop - start, 0], np.float32))
         problem.show(stop, problem.count, "Fisher weights")
-    for block in found:
+    for block in found if normalised else ():
         for value in block.values():
             mean = float(value.mean(dtype=np.float64))
             if mean > 0 and math.isfinite(mean):

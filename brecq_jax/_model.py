@@ -12,6 +12,7 @@ from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph, Weight, trace
 from brecq_jax._interpret import Block, param_values, run, whole
+from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._plan import Plan
 from brecq_jax._qarray import QArray
 from brecq_jax.formats import Grid, Uniform, fake_quantize
@@ -216,9 +217,15 @@ def quantize_hooks(
         rounded = fake_quantize(x, grid.scale, grid.zero_point, formats[name].bits)
         return rounded if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], site), x, rounded)
 
+    return site_hooks(block.program, quantize, whole_values)
+
+
+def site_hooks(program: BlockProgram, quantize: Callable[[int, jax.Array], jax.Array], whole_values: bool) -> dict:
+    """Hooks of `run` that call `quantize(site, x)` on whole values, or on what ops read of them."""
+
     def on_input(number: int, x):
-        op = block.program.ops[number]
-        inside = whole_values and op.site >= 0 and block.program.sites[op.site] >= 0
+        op = program.ops[number]
+        inside = whole_values and op.site >= 0 and program.sites[op.site] >= 0
         return x if op.site < 0 or inside else quantize(op.site, x)
 
     return {"on_input": on_input, "on_value": quantize} if whole_values else {"on_input": on_input}

@@ -12,7 +12,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from brecq_jax._graph import Graph, Op
+from brecq_jax._graph import Graph, Op, Weight
 from brecq_jax.formats import Format, Uniform
 
 PRESETS = ("brecq", "uniform")
@@ -38,6 +38,12 @@ class Plan:
     float_bits: int
     size_bits: int
     skipped: tuple[tuple[str, str], ...]
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The plan as arguments: `quantize(params, apply_fn, calib_ds, **plan.rules)`. One rule for each name: edit them as you like."""
+        weights, activations = ({re.escape(n): f for n, f in formats.items()} for formats in (self.weights, self.activations))
+        return {"weights": weights, "activations": activations, "preset": self.preset}
 
     def __str__(self) -> str:
         table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -196,7 +202,7 @@ def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | None
     if op.weight in sizes:
         remark.append("shares its weight")
     else:
-        sizes[op.weight] = _size_bits(weight, format)
+        sizes[op.weight] = size_bits(weight, format)
     if op.computed:
         remark.append(f"the parameter is quantized, then {', '.join(dict.fromkeys(op.computed))}")
     if activation is not None and op.site != op.name:
@@ -218,7 +224,8 @@ def describe(format: Format | None) -> str:
     return f"{format.bits} bit {granularity}" + (" symmetric" if format.symmetric else "")
 
 
-def _size_bits(weight, format: Format | None) -> int:
+def size_bits(weight: Weight, format: Format | None) -> int:
+    """True bits of a weight in a format, grid included; None is float32."""
     size = math.prod(weight.shape)
     if format is None:
         return 32 * size

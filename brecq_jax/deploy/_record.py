@@ -21,7 +21,6 @@ the shortest that loses nothing. Grids of activations lie one after the other in
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -31,12 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brecq_jax import formats
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Program, Quantized
 from brecq_jax._qarray import QArray, to_rows
 from brecq_jax.deploy.packing import pack, packed_size, unpack
 from brecq_jax.formats import Format, Grid
+from brecq_jax.formats._record import from_record, to_record
 from brecq_jax.report import Report
 
 
@@ -66,7 +65,7 @@ def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray
         "leaves": leaves,
         "activations": [[name, {k: list(v.shape) for k, v in grid._asdict().items()}] for name, grid in quantized.activations.items()],
         "sites": [[name, numbers.setdefault(f, len(numbers))] for name, f in program.sites],
-        "formats": [_describe_format(f) for f in numbers],
+        "formats": [to_record(f) for f in numbers],
         "whole_values": program.whole_values,
         "report": None if program.report is None else program.report.to_json(),
     }
@@ -107,21 +106,8 @@ def refusing(path: Any) -> Iterator[None]:
         raise ValueError(f"restore: {path}: {error}") from error
 
 
-def _describe_format(format) -> dict[str, Any]:
-    fields = {f.name: getattr(format, f.name) for f in dataclasses.fields(format)}
-    return {"type": type(format).__name__} | {k: _describe_format(v) if dataclasses.is_dataclass(v) else v for k, v in fields.items()}
-
-
-def _build_format(record: dict[str, Any]):
-    kind = getattr(formats, record["type"], None) if record["type"] in formats.__all__ else None
-    if not dataclasses.is_dataclass(kind):
-        raise ValueError(f"the format {record['type']!r} is unknown to this version of the library.")
-    fields = {k: _build_format(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-    return kind(**{k: v for k, v in fields.items() if k != "type"})
-
-
 def _formats(record: dict[str, Any]) -> dict[int, Format]:
-    return {number: _build_format(f) for number, f in enumerate(record["formats"])}
+    return {number: from_record(f) for number, f in enumerate(record["formats"])}
 
 
 def _shortest(arrays: dict[str, np.ndarray], name: str, values: np.ndarray, bits: int, count: int) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+r"""Any other config, with the bits of each layer searched for instead of stated.
+
+    python -m brecq_jax --config=configs/mixed_precision.py --workdir=runs/mixed --config.average_bits=2.5 \
+        --config.base="resnet20_cifar10 --config.weights=resnet20-12fca82f.th --config.data=cifar10_jpeg --config.num_steps=300"
+
+`base` is a config beside this one with its own arguments; its weights' bits are not used, its preset is. The plan is printed before work
+starts. Sensitivities are measured once for each file given.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+
+import jax
+
+import brecq_jax
+from brecq_jax import Experiment, mixed_precision
+from brecq_jax.__main__ import load_config
+from brecq_jax.formats import Uniform
+
+
+@dataclasses.dataclass
+class Config:
+    base: str = "digits_w4a8"
+    choices: str = "2,3,4,8"  # bits of weights
+    act_choices: str = ""  # bits of activations; none: as the base has them
+    average_bits: float = 3.0  # the budget: no larger than the base with so many bits everywhere, 2.5 being half-way between 2 and 3
+    bops: float = 0.0  # and no more multiplications × weight bits × activation bits; 0: no bound
+    latency: str = ""  # a CSV (layer, weight_bits, act_bits, us) for latency_us; none: the analytic systolic array
+    latency_us: float = 0.0  # and no slower; 0: no bound
+    examples: int = 256  # of the calibration set, for the sensitivities
+    error: str = "relative_error"  # or divergence, which weighs with the Fisher diagonal
+    interactions: bool = True
+    genetic: bool = False  # the paper's search; else the optimum
+    sensitivities: str = ""  # a file: read if it is there, else written
+
+    def build(self) -> Experiment:
+        name, *overrides = shlex.split(self.base)
+        experiment = load_config(str(pathlib.Path(__file__).parent / f"{name}.py"), overrides).build()
+        images = jax.tree.map(lambda a: a[: self.examples], experiment.calib_ds)
+        sensitivities = self.measured(experiment, images)
+        if not self.interactions:
+            sensitivities = dataclasses.replace(sensitivities, interactions={})
+        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, images[:2])
+        low = int(self.average_bits)
+        sizes = [brecq_jax.make_plan(graph, Uniform(min(b, 8)), None, experiment.preset).size_bits for b in (low, low + 1)]
+        budget = mixed_precision.Budget(
+            sizes[0] + (self.average_bits - low) * (sizes[1] - sizes[0]), self.bops or None, self.latency_us or None
+        )
+        table = mixed_precision.read_latency(self.latency) if self.latency else mixed_precision.SystolicArray().latency(graph)
+        plan = brecq_jax.search(
+            graph, sensitivities, budget, activations=experiment.activations, latency=table,
+            solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact,
+        )  # fmt: skip
+        return dataclasses.replace(experiment, **plan.rules)
+
+    def measured(self, experiment: Experiment, images) -> mixed_precision.Sensitivities:
+        if self.sensitivities and pathlib.Path(self.sensitivities).exists():
+            return mixed_precision.Sensitivities.load(self.sensitivities)
+        weights, activations = ([Uniform(int(b)) for b in bits.split(",") if b] for bits in (self.choices, self.act_choices))
+        errors = {"relative_error": brecq_jax.solvers.relative_error, "divergence": mixed_precision.divergence}
+        if self.error not in errors:
+            raise ValueError(f"--config.error={self.error}: write one of {', '.join(errors)}.")
+        found = mixed_precision.measure(
+            experiment.params, experiment.apply_fn, images, weights=weights, activations=activations, preset=experiment.preset,
+            error=errors[self.error], blocks=experiment.blocks, progress=False,
+        )  # fmt: skip
+        if self.sensitivities:
+            found.save(self.sensitivities)
+        return found

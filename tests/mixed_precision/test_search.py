@@ -1,0 +1,175 @@
+"""The exact search is exact, the genetic one is near it, and both keep to what was asked."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import mixed_precision, solvers
+from brecq_jax.formats import Uniform
+from brecq_jax.mixed_precision import Budget, Genetic, SystolicArray, exact
+from brecq_jax.mixed_precision._table import Table, Term
+
+CHOICES = (Uniform(2), Uniform(4), Uniform(8))
+SOLVERS = pytest.mark.parametrize("solver", [exact, Genetic()], ids=["exact", "genetic"])
+
+
+def a_table(seed, decisions, options=3, sets=4):
+    """Made up: losses fall with bits, two costs, one of them by pairs of decisions, interactions of both signs."""
+    draw = jax.random.split(jax.random.key(seed), 5)
+    losses = np.sort(np.asarray(jax.random.exponential(draw[0], (decisions, options))))[:, ::-1]
+    sizes = np.asarray(jax.random.uniform(draw[1], (decisions, 1), minval=1, maxval=100)) * np.arange(2, 2 + options)
+    pairs = np.asarray(jax.random.uniform(draw[2], (decisions // 2, options, options))).cumsum(1).cumsum(2)
+    members = [tuple(np.asarray(jax.random.permutation(k, decisions))[: 2 + n % 2].tolist()) for n, k in enumerate(jax.random.split(draw[3], sets))]
+    values = 0.3 * np.asarray(jax.random.normal(draw[4], (sets,)))
+    costs = {
+        "size_bits": tuple(Term((d,), own) for d, own in enumerate(sizes)),
+        "latency_us": tuple(Term((2 * n, 2 * n + 1), own) for n, own in enumerate(pairs)),
+    }
+    names = tuple(f"d{d}" for d in range(decisions))
+    return Table(names, ((None,) * options,) * decisions, tuple(losses), tuple(zip(members, values, strict=True)), costs, {"size_bits": 7.0, "latency_us": 0.0})
+
+
+def limits_at(table, part, names=("size_bits", "latency_us")):
+    every = np.array(list(itertools.product(*(range(len(o)) for o in table.options))))
+    return {n: float(np.quantile(table.cost(n, every), part)) for n in names}, every
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("part", [0.02, 0.2, 0.6])
+def test_no_choice_within_the_limits_is_better_than_the_exact_one(seed, part):
+    table = a_table(seed, 6)
+    limits, every = limits_at(table, part)
+    within = every[np.all([table.cost(n, every) <= v for n, v in limits.items()], axis=0)]
+    found = exact(table, limits)
+    assert all(table.cost(n, found[None])[0] <= v for n, v in limits.items())
+    assert table.loss(found[None])[0] == pytest.approx(table.loss(within).min(), rel=1e-9)
+
+
+def test_options_may_differ_in_number():
+    table = a_table(0, 6)
+    fewer = Table(table.decisions, ((None,), *table.options[1:]), (table.losses[0][:1], *table.losses[1:]), table.interactions,
+                  {"size_bits": (Term((0,), table.costs["size_bits"][0].values[:1]), *table.costs["size_bits"][1:]),
+                   "latency_us": (Term((0, 1), table.costs["latency_us"][0].values[:1]), *table.costs["latency_us"][1:])}, table.constants)  # fmt: skip
+    limits, every = limits_at(fewer, 0.2)
+    within = every[np.all([fewer.cost(n, every) <= v for n, v in limits.items()], axis=0)]
+    assert fewer.loss(exact(fewer, limits)[None])[0] == pytest.approx(fewer.loss(within).min(), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_genetic_search_comes_near_the_optimum(seed):
+    table = a_table(seed, 20)
+    limits = {"size_bits": 0.7 * float(sum(t.values[-1] for t in table.costs["size_bits"]))}
+    best = table.loss(exact(table, limits)[None])[0]
+    found = Genetic()(table, limits, jax.random.key(seed))
+    assert table.cost("size_bits", found[None])[0] <= limits["size_bits"]
+    assert best - 1e-9 <= table.loss(found[None])[0] <= best + 0.1 * abs(best)
+    np.testing.assert_array_equal(found, Genetic()(table, limits, jax.random.key(seed)))
+
+
+@SOLVERS
+def test_what_cannot_be_met_is_none(solver):
+    table = a_table(0, 6)
+    assert solver(table, {"size_bits": 8.0}) is None
+
+
+@pytest.fixture(scope="module")
+def measured(digits):
+    found = mixed_precision.measure(
+        digits.variables, digits.model.apply, digits.train_images[:64], weights=CHOICES, activations=CHOICES, preset="brecq", progress=False
+    )
+    return brecq_jax.trace(digits.model.apply, digits.variables, digits.train_images[:2]), found
+
+
+@SOLVERS
+def test_the_plan_keeps_the_budget_the_preset_and_the_rules(measured, solver):
+    graph, found = measured
+    budget = Budget(size_bits=150e3, bops=14e6)
+    plan = brecq_jax.search(graph, found, budget, weights={"blocks_2/conv1/.*": Uniform(5)}, solver=solver)
+    assert plan.size_bits <= budget.size_bits
+    assert plan.weights["stem/kernel"].bits == plan.weights["head/kernel"].bits == plan.activations["head/kernel"].bits == 8
+    assert plan.weights["blocks_2/conv1/kernel"].bits == 5 and plan.activations["stem/kernel"] is None
+    point = mixed_precision.predict(graph, found, plan, weights={"blocks_2/conv1/.*": Uniform(5)})
+    assert point.costs["size_bits"] == plan.size_bits and point.costs["bops"] <= budget.bops
+    assert len({f.bits for f in plan.weights.values()}) > 2 and len({f and f.bits for f in plan.activations.values()}) > 2
+
+
+def test_more_budget_is_never_worse(measured):
+    graph, found = measured
+    points = mixed_precision.pareto(graph, found, [Budget(size_bits=s) for s in (120e3, 150e3, 180e3, 220e3)])
+    losses = [p.loss for p in points]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_a_budget_below_the_cheapest_plan_is_refused_with_its_figure(measured):
+    graph, found = measured
+    with pytest.raises(ValueError, match=r"size_bits=1000 cannot be met: the cheapest plan has (\d+)") as error:
+        brecq_jax.search(graph, found, Budget(size_bits=1000))
+    cheapest = int(str(error.value).split("plan has ")[1].split(".")[0])
+    assert brecq_jax.search(graph, found, Budget(size_bits=cheapest)).size_bits == cheapest
+
+
+def test_refusals_say_what_to_write(measured):
+    graph, found = measured
+    with pytest.raises(ValueError, match="nothing is bounded"):
+        brecq_jax.search(graph, found, Budget())
+    with pytest.raises(ValueError, match="latency_us needs a table"):
+        brecq_jax.search(graph, found, Budget(latency_us=1.0))
+    with pytest.raises(ValueError, match="nothing is open"):
+        brecq_jax.search(graph, found, Budget(bops=1e9), weights={".*": Uniform(4)}, activations={".*": None})
+    other = brecq_jax.trace(lambda p, x: x @ p["w"], {"w": jnp.zeros((3, 4))}, jnp.zeros((1, 3)))
+    with pytest.raises(ValueError, match="of another model"):
+        brecq_jax.search(other, found, Budget(size_bits=1e6))
+
+
+def test_the_plan_is_fed_to_quantize_and_to_a_file(measured, digits, tmp_path):
+    graph, found = measured
+    plan = brecq_jax.search(graph, found, Budget(size_bits=150e3))
+    mixed_precision.save_rules(plan, tmp_path / "rules.json")
+    rules = mixed_precision.load_rules(tmp_path / "rules.json")
+    assert rules == plan.rules and str(brecq_jax.make_plan(graph, **rules)) == str(plan)
+    q = brecq_jax.quantize(digits.variables, digits.model.apply, digits.train_images[:32], **rules, solver=solvers.nearest(), progress=False)
+    assert q.report.size_bits == plan.size_bits
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no rules"):
+        mixed_precision.load_rules(tmp_path / "other.json")
+
+
+def test_costs_of_a_plan_by_hand(measured):
+    graph, found = measured
+    macs = {"stem": 64 * 9 * 16, "blocks_0/conv1": 64 * 9 * 16 * 16, "blocks_0/conv2": 64 * 9 * 16 * 16, "blocks_1/conv1": 16 * 9 * 16 * 32,
+            "blocks_1/conv2": 16 * 9 * 32 * 32, "blocks_1/shortcut": 16 * 16 * 32, "blocks_2/conv1": 16 * 9 * 32 * 32, "blocks_2/conv2": 16 * 9 * 32 * 32, "head": 320}  # fmt: skip
+    reads = {"stem": 8 * 32, "head": 8 * 8, "blocks_0/conv1": 4 * 8}  # the first layer's output has 8 bits
+    bops = sum(n * reads.get(name, 4 * 2) for name, n in macs.items())
+    plan = brecq_jax.make_plan(graph, Uniform(4), Uniform(2), "brecq")
+    assert mixed_precision.predict(graph, found, plan).costs["bops"] == bops
+
+
+def test_the_systolic_array_has_the_papers_peaks():
+    graph = brecq_jax.trace(lambda p, x: x @ p["w"], {"w": jnp.zeros((512, 512))}, jnp.zeros((4, 1000, 512)))
+    table = SystolicArray(bandwidth_gbit=1e9).latency(graph)
+    seconds = 1000 * 512 * 512 / 256e9
+    for (w, a), faster in {(8, 8): 1, (8, 4): 2, (4, 8): 2, (2, 2): 16}.items():
+        assert table["w", w, a] == pytest.approx(1e6 * seconds / faster)
+    slow = SystolicArray(bandwidth_gbit=1e-3).latency(graph)["w", 2, 8]
+    assert slow == pytest.approx((512 * 512 * 2 + 1000 * 512 * 8) / 1e6 * 1e6)
+
+
+def test_latency_is_a_table_of_ones_own(measured, tmp_path):
+    graph, found = measured
+    table = SystolicArray().latency(graph)
+    mixed_precision.write_latency(table, tmp_path / "table.csv")
+    assert mixed_precision.read_latency(tmp_path / "table.csv") == table
+    limit = mixed_precision.predict(graph, found, brecq_jax.make_plan(graph, CHOICES[1], CHOICES[1], "brecq"), latency=table).costs["latency_us"]
+    plan = brecq_jax.search(graph, found, Budget(latency_us=limit), latency=table)
+    assert mixed_precision.predict(graph, found, plan, latency=table).costs["latency_us"] <= limit
+    (tmp_path / "short.csv").write_text("# mine\nlayer,weight_bits,act_bits,us\nstem/kernel,8,32,1.5\n")
+    with pytest.raises(ValueError, match="has no .*Add a row"):
+        brecq_jax.search(graph, found, Budget(latency_us=1.0), latency=mixed_precision.read_latency(tmp_path / "short.csv"))
+    for text, words in (("a,b\n1,2\n", "has the columns"), ("layer,weight_bits,act_bits,us\nx,8,8,fast\n", "line 2")):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            mixed_precision.read_latency(tmp_path / "bad.csv")

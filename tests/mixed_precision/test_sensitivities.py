@@ -1,0 +1,149 @@
+"""Sensitivities are what each configuration gives by itself."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import mixed_precision, solvers
+from brecq_jax._calibrate import Hooks, forward, learned_outputs
+from brecq_jax._interpret import param_values
+from brecq_jax._model import Problem
+from brecq_jax._plan import make_plan
+from brecq_jax._qarray import quantize_array
+from brecq_jax.formats import Uniform
+from brecq_jax.mixed_precision.sensitivities import READS, divergence
+from brecq_jax.solvers.nearest import fit_activations
+
+CHOICES = (Uniform(2, granularity="per_channel"), Uniform(3, granularity="per_channel"))
+COUNT = 40  # no multiple of the batch
+
+
+@pytest.fixture(scope="module")
+def found(digits):
+    return mixed_precision.measure(
+        digits.variables, digits.model.apply, digits.train_images[:COUNT], weights=CHOICES, activations=(Uniform(4), Uniform(6)),
+        preset="brecq", error=solvers.squared_error, progress=False,
+    )  # fmt: skip
+
+
+def naive(digits, changed, site=None, format=None):
+    """The error of the blocks that hold these weights, each at its format, and of the value quantized; all else float."""
+    images = jnp.asarray(digits.train_images[:COUNT])
+    plan = make_plan(brecq_jax.trace(digits.model.apply, digits.variables, images), None, format, "brecq")
+    problem = Problem(digits.model.apply, digits.variables, plan, images, COUNT)
+    graph, total = problem.graph(COUNT), 0.0
+    floats = solvers.nearest()(problem, brecq_jax.Quantized(digits.variables, {}, _program(digits)), None)[0] if site else None
+    hooks = Hooks({site: format}, {site: fit_activations(problem, floats, problem.leaves).activations[site]}, True) if site else None
+    values = dict(zip(graph.flat.inputs[graph.num_leaves :], [images], strict=True))
+    for block in problem.units(COUNT):
+        inputs, params = [values[i] for i in block.ins], param_values(graph, block, problem.leaves)
+        targets = forward(block, inputs, params)
+        rounded = list(params)
+        for op, local in zip(block.ops, block.program.ops, strict=True):
+            if op.weight in changed:
+                axes = graph.weights[op.weight].channel_axes
+                rounded[local.weight] = quantize_array(params[local.weight], changed[op.weight], axes).decode()
+        outputs = forward(block, inputs, rounded, hooks)
+        total += sum(float(jnp.mean(solvers.squared_error(outputs[p], targets[p], None))) for p in learned_outputs(graph, block))
+        values.update(zip(block.outs, targets, strict=True))
+    return total
+
+
+def _program(digits):
+    return brecq_jax._model.Program(digits.model.apply, (), True)
+
+
+def test_each_choice_alone_is_its_block_with_nothing_else_quantized(digits, found):
+    for name in ("blocks_0/conv1/kernel", "blocks_1/shortcut/kernel"):
+        for format, loss in zip(CHOICES, found.losses[name], strict=True):
+            assert loss == pytest.approx(naive(digits, {name: format}), rel=1e-4)
+
+
+def test_activations_alone_too(digits, found):
+    for site in ("blocks_1/conv1/kernel", "blocks_2/conv2/kernel"):
+        for bits, loss in zip((4, 6), found.losses[READS + site], strict=True):
+            assert loss == pytest.approx(naive(digits, {}, site, Uniform(bits)), rel=1e-3)
+
+
+def test_a_set_of_weights_is_the_sum_of_all_sets_within_it(digits, found):
+    members = ("blocks_1/conv1/kernel", "blocks_1/conv2/kernel", "blocks_1/shortcut/kernel")
+    for size in (2, 3):
+        for some in itertools.combinations(members, size):
+            parts = [s for n in range(2, size + 1) for s in itertools.combinations(some, n)]
+            predicted = sum(found.losses[n][0] for n in some) + sum(found.interactions[s] for s in parts)
+            assert predicted == pytest.approx(naive(digits, dict.fromkeys(some, CHOICES[0])), rel=1e-4)
+
+
+def test_what_the_preset_fixes_is_not_measured(found):
+    assert "stem/kernel" not in found.losses and "head/kernel" not in found.losses and READS + "head/kernel" not in found.losses
+    assert len(found.losses) == 7 + 5 and all(np.diff(own) < 0 for own in found.losses.values())
+
+
+def test_side_by_side_is_one_by_one(digits, found, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    jax.clear_caches()
+    other = mixed_precision.measure(
+        digits.variables, digits.model.apply, digits.train_images[:COUNT], weights=CHOICES, activations=(Uniform(4), Uniform(6)),
+        preset="brecq", error=solvers.squared_error, progress=False,
+    )  # fmt: skip
+    monkeypatch.undo()
+    jax.clear_caches()
+    for name, own in found.losses.items():
+        np.testing.assert_allclose(other.losses[name], own, rtol=1e-3)
+    for members, value in found.interactions.items():
+        assert other.interactions[members] == pytest.approx(value, rel=1e-3, abs=1e-3)
+
+
+def test_a_file_holds_them(found, tmp_path):
+    found.save(tmp_path / "sensitivities.json")
+    assert mixed_precision.Sensitivities.load(tmp_path / "sensitivities.json") == found
+
+
+def test_a_picture_shows_them(found, tmp_path):
+    assert mixed_precision.plot_sensitivities(found, tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_divergence_is_near_what_the_prediction_loses(digits):
+    images = digits.train_images[:256]
+    found = mixed_precision.measure(digits.variables, digits.model.apply, images, weights=(Uniform(4),), error=divergence, progress=False)
+    log_p = jax.nn.log_softmax(digits.model.apply(digits.variables, images))
+    rules = {"blocks_0/conv1/kernel": Uniform(4)}
+    q = brecq_jax.quantize(digits.variables, digits.model.apply, images, weights=rules, activations=None, solver=solvers.nearest(), progress=False)
+    measured = float(jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(q(images))), -1)))
+    assert 0.3 < found.losses["blocks_0/conv1/kernel"][0] / measured < 3
+
+
+class Stacked(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return nn.Dense(4, name="head")(body(name="layers")(x, None)[0])
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.Dense(8, name="down")(jax.nn.relu(nn.Dense(16, name="up")(x))), None
+
+
+def test_slices_of_one_parameter_are_one_decision():
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    model = Stacked()
+    variables = model.init(jax.random.key(0), x)
+    found = mixed_precision.measure(variables, model.apply, x, weights=CHOICES, progress=False)
+    assert set(found.losses) == {"layers/up/kernel", "layers/down/kernel", "head/kernel"}
+    graph = brecq_jax.trace(model.apply, variables, x)
+    plan = brecq_jax.search(graph, found, mixed_precision.Budget(size_bits=make_plan(graph, CHOICES[0], None).size_bits + 500))
+    slices = [format for name, format in plan.weights.items() if name.startswith("layers/up[")]
+    assert len(slices) == 3 and len(set(slices)) == 1
+
+
+@pytest.mark.parametrize("choices", [(), (Uniform(4), Uniform(2))])
+def test_choices_come_in_order(digits, choices):
+    with pytest.raises(ValueError, match="Write them fewest bits first"):
+        mixed_precision.measure(digits.variables, digits.model.apply, digits.train_images[:8], weights=choices)
