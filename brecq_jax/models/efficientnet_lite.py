@@ -9,6 +9,7 @@ import math
 import flax.linen as nn
 import jax
 
+from brecq_jax.models._layers import channels, norm
 from brecq_jax.models._layout import Naming, by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
 
@@ -16,18 +17,7 @@ from brecq_jax.models._preprocessing import Preprocessing
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
 # Width, depth and image side of each variant: efficientnet_lite_builder.py.
 VARIANTS = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300))
-DIVISOR = 8  # channels are a multiple of it
-
-
-def _norm(name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name=name)
-
-
-def _channels(features: int, width: float) -> int:
-    """`features` · `width`, rounded to a multiple of DIVISOR, down by at most a tenth."""
-    wanted = features * width
-    rounded = max(DIVISOR, int(wanted + DIVISOR / 2) // DIVISOR * DIVISOR)
-    return rounded + DIVISOR if rounded < 0.9 * wanted else rounded
+EPSILON = 1e-3  # of the batch norms, TensorFlow's
 
 
 def _repeats(depth: float) -> list[int]:
@@ -48,11 +38,11 @@ class Block(nn.Module):
     def __call__(self, x):
         y, hidden = x, x.shape[-1] * self.expansion
         if self.expansion > 1:
-            y = jax.nn.relu6(_norm("expand_bn")(nn.Conv(hidden, (1, 1), use_bias=False, name="expand")(y)))
+            y = jax.nn.relu6(norm("expand_bn", EPSILON)(nn.Conv(hidden, (1, 1), use_bias=False, name="expand")(y)))
         window, strides = (self.kernel,) * 2, (self.stride,) * 2
         y = nn.Conv(hidden, window, strides, feature_group_count=hidden, use_bias=False, name="depthwise")(y)
-        y = jax.nn.relu6(_norm("depthwise_bn")(y))
-        y = _norm("project_bn")(nn.Conv(self.features, (1, 1), use_bias=False, name="project")(y))
+        y = jax.nn.relu6(norm("depthwise_bn", EPSILON)(y))
+        y = norm("project_bn", EPSILON)(nn.Conv(self.features, (1, 1), use_bias=False, name="project")(y))
         return x + y if y.shape == x.shape else y
 
 
@@ -66,13 +56,13 @@ class EfficientNetLite(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="stem")(x)
-        x = jax.nn.relu6(_norm("stem_bn")(x))
+        x = jax.nn.relu6(norm("stem_bn", EPSILON)(x))
         number = 0
         for repeats, (_, kernel, stride, expansion, features) in zip(_repeats(self.depth), STAGES, strict=True):
             for i in range(repeats):
-                x = Block(_channels(features, self.width), kernel, stride if i == 0 else 1, expansion, name=f"blocks_{number}")(x)
+                x = Block(channels(features, self.width), kernel, stride if i == 0 else 1, expansion, name=f"blocks_{number}")(x)
                 number += 1
-        x = jax.nn.relu6(_norm("head_bn")(nn.Conv(1280, (1, 1), use_bias=False, name="head")(x)))
+        x = jax.nn.relu6(norm("head_bn", EPSILON)(nn.Conv(1280, (1, 1), use_bias=False, name="head")(x)))
         return nn.Dense(self.classes, name="classifier")(x.mean((1, 2)))
 
 

@@ -6,9 +6,10 @@ Source: Tan et al. 2019, https://arxiv.org/abs/1807.11626; B1's stages: TensorFl
 import flax.linen as nn
 import jax
 
+from brecq_jax.models._layers import channels, conv, norm
 from brecq_jax.models._layout import by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
-from brecq_jax.models.mobilenet_v2 import InvertedResidual, channels, conv, norm
+from brecq_jax.models.mobilenet_v2 import InvertedResidual
 
 # Expansion, channels, repeats, stride, kernel of each stage.
 STAGES = ((3, 24, 3, 2, 3), (3, 40, 3, 2, 5), (6, 80, 3, 2, 5), (6, 96, 2, 1, 3), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))

@@ -8,29 +8,14 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from brecq_jax.models._layers import channels, conv, norm
 from brecq_jax.models._layout import Naming, by_stage, timm_names
 from brecq_jax.models._preprocessing import Preprocessing
 
 # Expansion, channels, repeats, stride of each stage.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 STEM, HEAD = 32, 1280
-DIVISOR = 8  # channels are a multiple of it
 PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
-
-
-def channels(features: int, width: float) -> int:
-    """`features` · `width`, rounded to a multiple of DIVISOR, down by at most a tenth (as torchvision does)."""
-    wanted = features * width
-    rounded = max(DIVISOR, int(wanted + DIVISOR / 2) // DIVISOR * DIVISOR)
-    return rounded + DIVISOR if rounded < 0.9 * wanted else rounded
-
-
-def conv(features: int, kernel: int, stride: int, name: str, groups: int = 1) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), (stride, stride), kernel // 2, feature_group_count=groups, use_bias=False, name=name)
-
-
-def norm(name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
 
 
 class InvertedResidual(nn.Module):

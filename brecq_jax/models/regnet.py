@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from brecq_jax.models._layers import DIVISOR, conv, norm
 from brecq_jax.models._preprocessing import Preprocessing
 
 STEM = 32
-DIVISOR = 8  # widths are a multiple of it
 PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
 
 
@@ -35,14 +35,6 @@ def regnet_stages(w0: int, wa: float, wm: float, depth: int, group_width: int) -
     return tuple(stages)
 
 
-def _conv(features: int, kernel: int, stride: int, name: str, groups: int = 1) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), (stride, stride), kernel // 2, feature_group_count=groups, use_bias=False, name=name)
-
-
-def _norm(name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
-
-
 class ResBottleneck(nn.Module):
     """1×1, grouped 3×3, 1×1, as wide inside as outside. (b, h, w, i) to (b, h / stride, w / stride, features)."""
 
@@ -52,11 +44,11 @@ class ResBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = jax.nn.relu(_norm("a_bn")(_conv(self.features, 1, 1, "a")(x)))
-        y = jax.nn.relu(_norm("b_bn")(_conv(self.features, 3, self.stride, "b", self.features // self.group_width)(y)))
-        y = _norm("c_bn")(_conv(self.features, 1, 1, "c")(y))
+        y = jax.nn.relu(norm("a_bn")(conv(self.features, 1, 1, "a")(x)))
+        y = jax.nn.relu(norm("b_bn")(conv(self.features, 3, self.stride, "b", self.features // self.group_width)(y)))
+        y = norm("c_bn")(conv(self.features, 1, 1, "c")(y))
         if x.shape != y.shape:
-            x = _norm("proj_bn")(_conv(self.features, 1, self.stride, "proj")(x))
+            x = norm("proj_bn")(conv(self.features, 1, self.stride, "proj")(x))
         return jax.nn.relu(x + y)
 
 
@@ -68,7 +60,7 @@ class RegNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jax.nn.relu(_norm("stem_bn")(_conv(STEM, 3, 2, "stem")(x)))
+        x = jax.nn.relu(norm("stem_bn")(conv(STEM, 3, 2, "stem")(x)))
         for stage, (features, repeats, group_width) in enumerate(self.stages, 1):
             for i in range(repeats):
                 x = ResBottleneck(features, 2 if i == 0 else 1, group_width, name=f"stage{stage}_{i}")(x)

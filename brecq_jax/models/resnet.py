@@ -6,25 +6,18 @@ Source: He et al. 2016, table 1, https://arxiv.org/abs/1512.03385; the place of 
 import flax.linen as nn
 import jax
 
+from brecq_jax.models._layers import conv, norm
 from brecq_jax.models._preprocessing import Preprocessing
 
 EXPANSION = 4  # of a bottleneck's last convolution
 PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
 
 
-def _conv(features: int, kernel: int, stride: int, name: str) -> nn.Conv:
-    return nn.Conv(features, (kernel, kernel), (stride, stride), padding=kernel // 2, use_bias=False, name=name)
-
-
-def _norm(name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
-
-
 def _shortcut(x: jax.Array, features: int, stride: int) -> jax.Array:
     """x itself, or projected where the block changes its shape."""
     if stride == 1 and x.shape[-1] == features:
         return x
-    return _norm("downsample_bn")(_conv(features, 1, stride, "downsample_conv")(x))
+    return norm("downsample_bn")(conv(features, 1, stride, "downsample_conv")(x))
 
 
 class BasicBlock(nn.Module):
@@ -35,8 +28,8 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = jax.nn.relu(_norm("bn1")(_conv(self.features, 3, self.stride, "conv1")(x)))
-        y = _norm("bn2")(_conv(self.features, 3, 1, "conv2")(y))
+        y = jax.nn.relu(norm("bn1")(conv(self.features, 3, self.stride, "conv1")(x)))
+        y = norm("bn2")(conv(self.features, 3, 1, "conv2")(y))
         return jax.nn.relu(y + _shortcut(x, self.features, self.stride))
 
 
@@ -49,9 +42,9 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x):
         out = EXPANSION * self.features
-        y = jax.nn.relu(_norm("bn1")(_conv(self.features, 1, 1, "conv1")(x)))
-        y = jax.nn.relu(_norm("bn2")(_conv(self.features, 3, self.stride, "conv2")(y)))
-        y = _norm("bn3")(_conv(out, 1, 1, "conv3")(y))
+        y = jax.nn.relu(norm("bn1")(conv(self.features, 1, 1, "conv1")(x)))
+        y = jax.nn.relu(norm("bn2")(conv(self.features, 3, self.stride, "conv2")(y)))
+        y = norm("bn3")(conv(out, 1, 1, "conv3")(y))
         return jax.nn.relu(y + _shortcut(x, out, self.stride))
 
 
@@ -65,7 +58,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jax.nn.relu(_norm("bn1")(_conv(self.width, 7, 2, "conv1")(x)))
+        x = jax.nn.relu(norm("bn1")(conv(self.width, 7, 2, "conv1")(x)))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
         for stage, repeats in enumerate(self.repeats):
             for i in range(repeats):

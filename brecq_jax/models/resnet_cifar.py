@@ -7,18 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from brecq_jax.models._layers import conv, norm
 from brecq_jax.models._preprocessing import Preprocessing
 
 PREPROCESSING = Preprocessing(32, 1.0, "bilinear")
 NAMINGS = {"pytorch_resnet_cifar10": ((r"^layer(\d)_(\d+)", r"layer\1.\2"),)}
-
-
-def _conv(features: int, stride: int, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), (stride, stride), padding=1, use_bias=False, name=name)
-
-
-def _norm(name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=True, epsilon=1e-5, name=name)
 
 
 class BasicBlock(nn.Module):
@@ -29,8 +22,8 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        y = jax.nn.relu(_norm("bn1")(_conv(self.features, self.stride, "conv1")(x)))
-        y = _norm("bn2")(_conv(self.features, 1, "conv2")(y))
+        y = jax.nn.relu(norm("bn1")(conv(self.features, 3, self.stride, "conv1")(x)))
+        y = norm("bn2")(conv(self.features, 3, 1, "conv2")(y))
         if self.stride > 1:
             pad = (self.features - x.shape[-1]) // 2
             x = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (pad, pad)))
@@ -45,7 +38,7 @@ class ResNetCifar(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jax.nn.relu(_norm("bn1")(_conv(16, 1, "conv1")(x)))
+        x = jax.nn.relu(norm("bn1")(conv(16, 3, 1, "conv1")(x)))
         for stage, features in enumerate((16, 32, 64), 1):
             for i in range((self.depth - 2) // 6):
                 x = BasicBlock(features, 2 if stage > 1 and i == 0 else 1, name=f"layer{stage}_{i}")(x)

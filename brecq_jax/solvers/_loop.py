@@ -72,7 +72,7 @@ def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callabl
             until = min(stop, done + CHUNK)
             if rows is not None:
                 for i in range(done, until):
-                    draw = rows[_drawn(key, i, len(rows), static.batch_size)]
+                    draw = rows[np.asarray(_drawn(key, i, len(rows), static.batch_size))]
                     state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: jnp.asarray(a[d]), data), key, i)
             elif jax.default_backend() == "cpu":  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
                 for i in range(done, until):
@@ -111,13 +111,13 @@ def _update(static, state, fixed, batch, key, i):
     return _one_update(static, state, fixed, batch, key, i)
 
 
-def _drawn(key, i, count: int, size: int) -> np.ndarray:
-    return np.asarray(jax.random.permutation(jax.random.fold_in(key, i), count)[:size])
+def _drawn(key, i, count: int, size: int) -> jax.Array:
+    return jax.random.permutation(jax.random.fold_in(key, i), count)[:size]
 
 
 def _draw_and_update(static: Static, state, fixed, data, key, i):
     count = jax.tree.leaves(data)[0].shape[0]
-    rows = jax.random.permutation(jax.random.fold_in(key, i), count)[: static.batch_size]
+    rows = _drawn(key, i, count, static.batch_size)
     return _one_update(static, state, fixed, jax.tree.map(lambda a: a[rows], data), key, i)
 
 

@@ -181,7 +181,7 @@ def encoded(number: int) -> bytes:
     return buffer.getvalue()
 
 
-class MyPhotos(tfds.core.GeneratorBasedBuilder):
+class Snapshots(tfds.core.GeneratorBasedBuilder):
     """A local set of JPEG files: no TensorFlow anywhere."""
 
     # tfds 4.9.10 looks for the code of a dotted module with importlib_resources, which it does not require.
@@ -201,13 +201,13 @@ class MyPhotos(tfds.core.GeneratorBasedBuilder):
 
 
 @pytest.fixture
-def my_photos(tmp_path):
-    MyPhotos(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+def snapshots(tmp_path):
+    Snapshots(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     return tmp_path
 
 
-def test_a_local_tfds_set_calibrates_and_scores(my_photos):
-    calibration, scored = open_images(my_photos, "my_photos")
+def test_a_local_tfds_set_calibrates_and_scores(snapshots):
+    calibration, scored = open_images(snapshots, "snapshots")
     assert (len(calibration), len(scored)) == (12, 7)
     crops = calibration_crops(calibration, 12, 8, seed=0)
     assert sorted(round(int(r) / 9) for r in crops[:, 0, 0, 0]) == list(range(12))
@@ -218,12 +218,12 @@ def test_a_local_tfds_set_calibrates_and_scores(my_photos):
     assert "tensorflow" not in sys.modules
 
 
-def test_every_process_scores_its_share_and_all_calibrate_on_the_same(my_photos, monkeypatch):
+def test_every_process_scores_its_share_and_all_calibrate_on_the_same(snapshots, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     scored, crops = [], []
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        calibration, share = open_images(my_photos, "my_photos")
+        calibration, share = open_images(snapshots, "snapshots")
         crops.append(calibration_crops(calibration, 6, 8, seed=0))
         scored.append([label for _, labels in stream(share, CROP, 4) for label in labels])
     assert {len(share) for share in scored} == {3, 4}
@@ -231,12 +231,12 @@ def test_every_process_scores_its_share_and_all_calibrate_on_the_same(my_photos,
     np.testing.assert_array_equal(*crops)
 
 
-def test_a_set_in_another_file_format_is_refused_with_the_way_out(my_photos):
-    (path,) = my_photos.rglob("dataset_info.json")
+def test_a_set_in_another_file_format_is_refused_with_the_way_out(snapshots):
+    (path,) = snapshots.rglob("dataset_info.json")
     info = json.loads(path.read_text())
     path.write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match=r"my_photos in .* cannot be read at random.*file_format='array_record'"):
-        open_images(my_photos, "my_photos")
+    with pytest.raises(ValueError, match=r"snapshots in .* cannot be read at random.*file_format='array_record'"):
+        open_images(snapshots, "snapshots")
 
 
 def test_mocked_imagenet_is_read():

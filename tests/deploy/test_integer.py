@@ -149,7 +149,7 @@ def test_a_stacked_weight_is_taken_slice_by_slice():
 
     quantized = quantize(params, apply_fn, x, weights=Uniform(4), activations=Uniform(8))
     integer = to_integer(quantized, x[:1])
-    assert [t.op for t in integer.taken] == ["w[0]", "w[1]", "w[2]"] or len(integer.taken) == 3
+    assert len(integer.taken) == 3
     assert np.max(np.abs(integer(x) - quantized(x))) < 2 / 255
 
 
