@@ -109,8 +109,9 @@ class Multipoint(ScalarFormat):
             steps.append(jnp.where(open_, step, 0))
             levels.append(jnp.where(open_, level, 0))
         scale = jnp.maximum(scale * unit, SCALE_FLOOR)
-        ratios = jnp.stack(steps[:-1], 1) * (unit / scale)[:, None] if self.points > 1 else jnp.zeros((len(rows), 0, 1))
-        earlier = jnp.stack(levels[:-1], 1).astype(jnp.int8) if self.points > 1 else jnp.zeros((len(rows), 0, rows.shape[1]), jnp.int8)
+        slots = max(self.points - 1, 1)  # never none: orbax saves no empty arrays
+        ratios = jnp.stack(steps[:slots], 1) * (unit / scale)[:, None]
+        earlier = jnp.stack(levels[:slots], 1).astype(jnp.int8)
         scale = scale[..., None].astype(jnp.float32)
         return PointGrid(scale, jnp.full_like(scale, self.top), earlier, ratios.astype(jnp.float32))
 
