@@ -94,7 +94,7 @@ class Multipoint(ScalarFormat):
         unit = jnp.where(peak > SCALE_FLOOR / FINEST, peak, 1)
         rows = jnp.where(peak > SCALE_FLOOR / FINEST, rows / unit, 0)
         allowed = self.tolerance**2 * energy(rows) if math.isfinite(self.tolerance) else jnp.full(len(rows), jnp.inf)
-        residual, open_ = rows, jnp.ones((len(rows), 1), bool)
+        residual, growing = rows, jnp.ones((len(rows), 1), bool)
         scale, steps, levels = jnp.zeros_like(unit), [], []
         for number in range(self.points):
             pooled = number == 0 and self.granularity == "per_tensor"
@@ -104,10 +104,10 @@ class Multipoint(ScalarFormat):
             residual = residual - step * level
             finest = jnp.max(jnp.abs(residual), -1, keepdims=True) < FINEST * self.top
             enough = (energy(left) <= allowed)[:, None] | finest | (number == self.points - 1)
-            scale = jnp.where(open_ & enough, last, scale)
-            open_ &= ~enough
-            steps.append(jnp.where(open_, step, 0))
-            levels.append(jnp.where(open_, level, 0))
+            scale = jnp.where(growing & enough, last, scale)
+            growing &= ~enough
+            steps.append(jnp.where(growing, step, 0))
+            levels.append(jnp.where(growing, level, 0))
         scale = jnp.maximum(scale * unit, SCALE_FLOOR)
         slots = max(self.points - 1, 1)  # never none: orbax saves no empty arrays
         ratios = jnp.stack(steps[:slots], 1) * (unit / scale)[:, None]
