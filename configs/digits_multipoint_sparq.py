@@ -19,7 +19,7 @@ from brecq_jax.formats import Multipoint, Sparq, Uniform
 class Config:
     weight_bits: int = 3
     points: int = 8
-    tolerance: float = 0.3  # negative: one point for all
+    tolerance: float = 0.15  # negative: one point for all
     window: int = 4
     trim: bool = False
     pairs: bool = True
