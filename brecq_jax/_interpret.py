@@ -179,6 +179,13 @@ def _block(graph, name, ops, positions, ins, params, constants, outs) -> Block:
     return Block(name, ops, program, tuple(ins), tuple(outs), tuple(params), values, site_names)
 
 
+def contraction_axis(op: Op | LocalOp, step: Step) -> tuple[int, int]:
+    """(the data's axis that a dense op or a convolution sums over, of several the fastest; how many groups share it)."""
+    if op.kind == "conv":
+        return step.params["dimension_numbers"].lhs_spec[1], step.params["feature_group_count"]
+    return step.params["dimension_numbers"][0][op.data_position][-1], 1
+
+
 def whole(graph: Graph) -> Block:
     """The graph as one block."""
     return make_block(graph, "net", 0, len(graph.flat.steps))

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph, Weight, trace
-from brecq_jax._interpret import Block, param_values, run, whole
+from brecq_jax._interpret import Block, contraction_axis, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._plan import Plan
 from brecq_jax._qarray import QArray
-from brecq_jax.formats import Grid, Uniform, fake_quantize
+from brecq_jax.formats import Grid, Sparq, Uniform, activation_grid, fake_quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Program:
     """What a Quantized needs beside its arrays. Compared without the report, which no computation reads."""
 
     apply_fn: Callable
-    sites: tuple[tuple[str, Uniform], ...]
+    sites: tuple[tuple[str, Uniform | Sparq], ...]
     whole_values: bool
     report: Any = dataclasses.field(default=None, compare=False)
 
@@ -202,9 +202,9 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
 
 
 def quantize_hooks(
-    block: Block, formats: Mapping[str, Uniform], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
+    block: Block, formats: Mapping[str, Uniform | Sparq], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
 ) -> dict:
-    """Hooks of `run` that quantize activations: whole values, or what ops read of them.
+    """Hooks of `run` that quantize activations: whole values, or what ops read of them. What `Sparq` re-codes, ops alone read so.
 
     `drop` (probability, key): each element stays float with this probability, as QDrop learns.
     """
@@ -214,10 +214,22 @@ def quantize_hooks(
         if formats.get(name) is None or name not in grids:
             return x
         grid = jax.tree.map(jnp.squeeze, grids[name])
-        rounded = fake_quantize(x, grid.scale, grid.zero_point, formats[name].bits)
+        rounded = fake_quantize(x, grid.scale, grid.zero_point, activation_grid(formats[name]).bits)
         return rounded if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], site), x, rounded)
 
-    return site_hooks(block.program, quantize, whole_values)
+    hooks = site_hooks(block.program, quantize, whole_values)
+
+    def recoded(number: int, x):
+        op, x = block.program.ops[number], hooks["on_input"](number, x)
+        name = block.sites[op.site] if op.site >= 0 else None
+        if not isinstance(formats.get(name), Sparq) or name not in grids:
+            return x
+        axis, _ = contraction_axis(op, block.program.steps[op.step][0])
+        read = formats[name].fake_recode(x, jnp.squeeze(grids[name].scale), axis)
+        # the same key: what stayed float there stays float here
+        return read if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], op.site), x, read)
+
+    return hooks | {"on_input": recoded}
 
 
 def site_hooks(program: BlockProgram, quantize: Callable[[int, jax.Array], jax.Array], whole_values: bool) -> dict:

@@ -13,12 +13,13 @@ import rich.console
 import rich.table
 
 from brecq_jax._graph import Graph, Op, Weight
-from brecq_jax.formats import Format, Uniform
+from brecq_jax._interpret import contraction_axis
+from brecq_jax.formats import Format, Multipoint, Sparq, Uniform
 
 PRESETS = ("brecq", "uniform")
 EDGE_BITS = 8  # of the first and last layer, under a preset
 
-Rules = Format | None | Mapping[str, Format | None]
+Rules = Format | Sparq | None | Mapping[str, Format | Sparq | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Plan:
     """
 
     weights: Mapping[str, Format | None]
-    activations: Mapping[str, Uniform | None]
+    activations: Mapping[str, Uniform | Sparq | None]
     whole_values: bool
     preset: str | None
     rows: tuple[tuple[str, ...], ...]  # the table: op, shape, weight format, true bits, activation format, remarks
@@ -90,14 +91,14 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
             format = dataclasses.replace(format, bits=EDGE_BITS)
         chosen_w[name] = _for_weight(format, weight)
     after_first = _fed_by_first(graph)
-    chosen_a: dict[str, Uniform | None] = {}
+    chosen_a: dict[str, Uniform | Sparq | None] = {}
     for name, op in sites.items():
         format, ruled = by_rule_a[name]
         if preset and not ruled and format is not None:
             reads_input = op.site_value not in graph.heavy
             edge = reads_input or (preset == "brecq" and (op.site_value in after_first or op.site == last.site))
-            format = None if reads_input and preset == "brecq" else dataclasses.replace(format, bits=EDGE_BITS) if edge else format
-        chosen_a[name] = _for_activation(format, name)
+            format = None if reads_input and preset == "brecq" else _at_edge(format) if edge else format
+        chosen_a[name] = _for_activation(format, name, graph)
     _check_slices(graph, chosen_w)
     rows, sizes = [], {}
     for op in graph.ops:
@@ -126,7 +127,7 @@ class _Null:
 
 def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format | None, bool]]:
     """name -> (format, whether a rule named it)."""
-    if rules is None or isinstance(rules, Format):
+    if rules is None or isinstance(rules, (Format, Sparq)):
         return {name: (rules, False) for name in names}
     if not isinstance(rules, Mapping):
         raise TypeError(
@@ -139,7 +140,7 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
         used.add(pattern)
         found[name] = (rules.get(pattern), pattern is not None)
     for pattern, format in rules.items():
-        if format is not None and not isinstance(format, Format):
+        if format is not None and not isinstance(format, (Format, Sparq)):
             raise TypeError(f"{what}: the rule {pattern!r} gives {format!r}. Write a format, as Uniform(4), or None.")
         if pattern not in used:
             shadowed = any(re.fullmatch(pattern, name) for name in names)
@@ -152,7 +153,13 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
     return found
 
 
-def _for_weight(format: Format | None, weight) -> Format | None:
+def _at_edge(format: Uniform | Sparq) -> Uniform:
+    return Uniform(EDGE_BITS, ranges=format.ranges) if isinstance(format, Sparq) else dataclasses.replace(format, bits=EDGE_BITS)
+
+
+def _for_weight(format: Format | Sparq | None, weight) -> Format | None:
+    if isinstance(format, Sparq):
+        raise ValueError(f"weights: {weight.name} is given {format}. Sparq re-codes what ops read: write activations={format}.")
     if isinstance(format, Uniform) and format.granularity is None:
         format = dataclasses.replace(format, granularity="per_channel")
     if format is not None:
@@ -164,14 +171,32 @@ def _for_weight(format: Format | None, weight) -> Format | None:
     return format
 
 
-def _for_activation(format: Format | None, name: str) -> Uniform | None:
+def _for_activation(format: Format | Sparq | None, name: str, graph: Graph) -> Uniform | Sparq | None:
     if format is None:
         return None
+    if isinstance(format, Sparq):
+        if format.pairs:
+            _check_pairs(graph, name)
+        return format
     if not isinstance(format, Uniform) or format.granularity not in (None, "per_tensor"):
         raise ValueError(
-            f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits})."
+            f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits}) or Sparq(4)."
         )
     return dataclasses.replace(format, granularity="per_tensor")
+
+
+def _check_pairs(graph: Graph, name: str):
+    """Raise ValueError if an op that reads this value has no pairs to share bits."""
+    for op in graph.ops:
+        if op.site != name or op.kind == "embed":
+            continue
+        axis, groups = contraction_axis(op, graph.flat.steps[op.step])
+        channels = graph.flat.types[op.data].shape[axis] // groups
+        if channels == 1 or groups > 1 and channels % 2:
+            raise ValueError(
+                f"activations: {name} is given Sparq in pairs, two channels that one sum adds up; {op.name} adds up {channels} in each of its\n"
+                f"  {groups} groups. Write Uniform(8) for this name, or Sparq(…, pairs=False)."
+            )
 
 
 def _fed_by_first(graph: Graph) -> set[int]:
@@ -196,7 +221,7 @@ def _check_slices(graph: Graph, chosen):
             )
 
 
-def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | None, sizes: dict[str, int]) -> tuple[str, ...]:
+def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | Sparq | None, sizes: dict[str, int]) -> tuple[str, ...]:
     weight = graph.weights[op.weight]
     remark = []
     if op.weight in sizes:
@@ -214,10 +239,14 @@ def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | None
     )  # fmt: skip
 
 
-def describe(format: Format | None) -> str:
+def describe(format: Format | Sparq | None) -> str:
     """`4 bit per_channel`, as a table shows a format."""
     if format is None:
         return "float"
+    if isinstance(format, Multipoint):
+        return f"{format.bits} bit, up to {format.points} points"
+    if isinstance(format, Sparq):
+        return f"8 bit, read by {format.window}" + (" in pairs" if format.pairs else "")
     if not isinstance(format, Uniform):
         return str(format)
     granularity = format.granularity if isinstance(format.granularity, str) else f"groups of {format.granularity}"

@@ -16,7 +16,7 @@ from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
 from brecq_jax._qarray import QArray
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Uniform, activation_grid
 from brecq_jax.report import ActivationRecord, BlockRecord, Report, TensorRecord
 from brecq_jax.solvers import Info, Solver
 
@@ -126,7 +126,8 @@ def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, s
     for name, grid in quantized.activations.items():
         scale, zero = (float(np.asarray(g).squeeze()) for g in grid)
         format = plan.activations[name]
-        activations.append(ActivationRecord(name, describe(format), -zero * scale, (2**format.bits - 1 - zero) * scale, zero > 0))
+        top = 2 ** activation_grid(format).bits - 1
+        activations.append(ActivationRecord(name, describe(format), -zero * scale, (top - zero) * scale, zero > 0))
     records = tuple(
         BlockRecord(
             name=r["name"], ops=r["ops"], error_before=r["error_before"], error_after=r["error_after"],

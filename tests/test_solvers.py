@@ -11,7 +11,7 @@ from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, dropped
 from brecq_jax._qarray import QArray, to_rows
 from brecq_jax._quantize import NO_PLAN
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Multipoint, Uniform
 from brecq_jax.solvers import _loop
 from brecq_jax.solvers._walk import Unit, Walk
 from brecq_jax.solvers.reconstruct import _tail
@@ -25,7 +25,9 @@ def a_guess(format, seed=0):
     return QArray(codes.T, grid, format, (1,), str(weight.dtype)), rows
 
 
-FORMATS = [Uniform(2), Uniform(4, symmetric=True), Uniform(3, granularity=8), Uniform(2, granularity="per_tensor")]
+FORMATS = [
+    Uniform(2), Uniform(4, symmetric=True), Uniform(3, granularity=8), Uniform(2, granularity="per_tensor"), Multipoint(3, points=2, tolerance=0.0)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -19,7 +19,7 @@ from brecq_jax._graph import Graph, Op
 from brecq_jax._interpret import Block, Program
 from brecq_jax._jaxpr import STRUCTURAL, Step
 from brecq_jax._qarray import QArray, from_rows
-from brecq_jax.formats import Grid, Uniform
+from brecq_jax.formats import Grid, Sparq, Uniform
 
 AFFINE = ("add", "sub", "mul", "div", "neg")
 CLIPPING = ("max", "min", "clamp", "custom_jvp_call")  # what relu, relu6 and clip are made of; each is tried on PROBES
@@ -93,7 +93,7 @@ class Reading:
         return ops if ops and all(any(r is s for s in steps) for r in self.readers[value]) else None
 
 
-def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[str, Uniform]) -> str | None:
+def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[str, Uniform | Sparq]) -> str | None:
     """Why an op cannot compute with integers, or None if it can."""
     graph = reading.graph
     if op.kind == "embed":
@@ -104,6 +104,8 @@ def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[
         return f"points of {type(weight.format).__name__} are not evenly spaced"
     if op.site not in formats:
         return "what it reads is float"
+    if isinstance(formats[op.site], Sparq):
+        return "what it reads is re-coded by Sparq, for hardware that has its multipliers"
     if isinstance(weight.format.granularity, int):
         return f"its weight has a scale for every {weight.format.granularity} elements, and a sum of integers one for all it adds"
     if op.computed:

@@ -9,15 +9,17 @@
 
 A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. Steps of its path are the keys of dicts and the
 numbers in lists; [kind, key] where a key is no text, or a step is into something else. A quantized leaf has also {"format",
-"channel_axes", "grid": {"scale": stored, "zero_point": stored}}; its codes, of `shape`, are packed at format.bits in
-`name.codes`, and `dtype` is the float type that they decode to. What is stored of an array of the grid is one of
+"channel_axes", "grid": {array: stored, …}}, for the arrays of its format's grid, "scale" and "zero_point" mostly; its codes, of
+`shape`, are packed at format.bits in `name.codes`, and `dtype` is the float type that they decode to. What is stored of an
+array of the grid, in `name.array`, is one of
 
-    {"shape", "dtype"}       the array itself, in `name.scale` or `name.zero_point`
-    {"shape", "bits"}        integers in [0, 2^bits), packed
-    {"shape", "value"}       one integer for all elements, and no array
+    {"shape", "dtype"}                  the array itself
+    {"shape", "dtype", "bits", "low"}   whole numbers, less `low` in [0, 2^bits), packed
+    {"shape", "value"}                  one whole number for all elements of a float32 array, and no array
 
-the shortest that loses nothing. Grids of activations lie one after the other in the float32 arrays `activations.scale` and
-`activations.zero_point`.
+the shortest that loses nothing. With "kept", only so many vectors along the last axis are stored, and all others are zeros: bit i
+of `name.array.kept` (packed at 1 bit) says whether vector i is. Grids of activations lie one after the other in the float32
+arrays `activations.scale` and `activations.zero_point`.
 """
 
 import contextlib
@@ -38,6 +40,7 @@ from brecq_jax.formats import Format, Grid
 from brecq_jax.formats._record import from_record, to_record
 from brecq_jax.report import Report
 
+MOST_POINTS = 8  # elements of a grid for each code, at most: Multipoint's
 
 def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
@@ -51,7 +54,7 @@ def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray
         entry = {"name": name, "path": [_step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
         if isinstance(leaf, QArray):
             arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
-            grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.format.bits, leaf.size) for k, v in leaf.grid._asdict().items()}
+            grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.size) for k, v in leaf.grid._asdict().items()}
             number = numbers.setdefault(leaf.format, len(numbers))
             entry |= {"format": number, "channel_axes": list(leaf.channel_axes), "grid": grid}
         else:
@@ -110,17 +113,41 @@ def _formats(record: dict[str, Any]) -> dict[int, Format]:
     return {number: from_record(f) for number, f in enumerate(record["formats"])}
 
 
-def _shortest(arrays: dict[str, np.ndarray], name: str, values: np.ndarray, bits: int, count: int) -> dict[str, Any]:
+def _shortest(arrays: dict[str, np.ndarray], name: str, values: np.ndarray, count: int) -> dict[str, Any]:
     """Store an array of the grid of `count` codes, as short as it can be."""
-    whole = values.dtype == np.float32 and np.all((values == np.round(values)) & (0 <= values) & (values < 2**bits))
-    shape = list(values.shape)
-    if not whole:
+    entry: dict[str, Any] = {"shape": list(values.shape)}
+    if values.dtype == np.float32 and 0 < values.size <= count and values.flat[0] % 1 == 0 and np.all(values == values.flat[0]):
+        return entry | {"value": int(values.flat[0])}
+    entry["dtype"] = values.dtype.name
+    if values.ndim and 0 < values.size <= MOST_POINTS * count:
+        vectors = values.reshape(-1, values.shape[-1])
+        kept = np.any(vectors != 0, -1)
+        if len(kept) + _stored_bits(vectors[kept]) < _stored_bits(values):
+            arrays[f"{name}.kept"] = pack(kept.astype(np.uint8), 1)
+            values = vectors[kept]
+            entry["kept"] = len(values)
+    if (whole := _whole(values)) is None:
         arrays[name] = values
-        return {"shape": shape, "dtype": values.dtype.name}
-    if 0 < values.size <= count and np.all(values == values.flat[0]):
-        return {"shape": shape, "value": int(values.flat[0])}
-    arrays[name] = pack(values.astype(np.uint8), bits)
-    return {"shape": shape, "bits": bits}
+        return entry
+    bits, low = whole
+    arrays[name] = pack((values.astype(np.int32) - low).astype(np.uint8), bits)
+    return entry | {"bits": bits, "low": low}
+
+
+def _whole(values: np.ndarray) -> tuple[int, int] | None:
+    """(bits, low) of whole numbers that are, less `low`, at most 8 bits long."""
+    if not values.size:
+        return 1, 0
+    if not np.all((np.abs(values) < 2**16) & (values == np.round(values))):
+        return None
+    low = int(values.min())
+    bits = max(int(values.max()) - low, 1).bit_length()
+    return (bits, low) if bits <= 8 else None
+
+
+def _stored_bits(values: np.ndarray) -> int:
+    whole = _whole(values)
+    return 8 * values.nbytes if whole is None else whole[0] * values.size
 
 
 def _places(record) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
@@ -130,9 +157,9 @@ def _places(record) -> Iterator[tuple[str, np.dtype, tuple[int, ...]]]:
         if "format" not in leaf:
             yield name, _dtype(leaf["dtype"]), shape
             continue
-        bits, count = known[leaf["format"]].bits, math.prod(shape)
-        yield f"{name}.codes", np.dtype(np.uint8), (packed_size(bits, count),)
-        for key in Grid._fields:
+        format, count = known[leaf["format"]], math.prod(shape)
+        yield f"{name}.codes", np.dtype(np.uint8), (packed_size(format.bits, count),)
+        for key in format.grid_type._fields:
             yield from _place(f"{name}.{key}", leaf["grid"][key], count)
     for key in Grid._fields:
         count = sum(math.prod(_counts(shapes[key])) for _, shapes in record["activations"])
@@ -145,7 +172,14 @@ def _place(name: str, entry: dict[str, Any], count: int) -> Iterator[tuple[str, 
         # One value may stand for no more elements than there are codes: a short file must not ask for a large array.
         if math.prod(shape) > count:
             raise ValueError(f"{name} {shape} is larger than what it scales.")
-    elif "bits" in entry:
+        return
+    if "kept" in entry:
+        vectors, (kept,) = math.prod(shape[:-1]), _counts([entry["kept"]])
+        if not shape or kept > vectors or max(vectors, math.prod(shape)) > MOST_POINTS * count:
+            raise ValueError(f"{name} {shape} is larger than what it scales.")
+        yield f"{name}.kept", np.dtype(np.uint8), (packed_size(1, vectors),)
+        shape = (kept, shape[-1])
+    if "bits" in entry:
         yield name, np.dtype(np.uint8), (packed_size(entry["bits"], math.prod(shape)),)
     else:
         yield name, _dtype(entry["dtype"]), shape
@@ -156,9 +190,18 @@ def _stored(arrays: dict[str, np.ndarray], name: str, entry: dict[str, Any]) -> 
     shape = tuple(entry["shape"])
     if "value" in entry:
         return np.full(shape, entry["value"], np.float32)
+    stored = (entry["kept"], shape[-1]) if "kept" in entry else shape
+    values = arrays[name]
     if "bits" in entry:
-        return unpack(arrays[name], entry["bits"], math.prod(shape)).astype(np.float32).reshape(shape)
-    return arrays[name]
+        values = (unpack(values, entry["bits"], math.prod(stored)).astype(np.int32) + entry["low"]).astype(_dtype(entry["dtype"])).reshape(stored)
+    if "kept" not in entry:
+        return values
+    vectors = np.zeros((math.prod(shape[:-1]), shape[-1]), values.dtype)
+    kept = unpack(arrays[f"{name}.kept"], 1, len(vectors)).astype(bool)
+    if kept.sum() != len(values):
+        raise ValueError(f"{name}.kept names {kept.sum()} vectors, and {len(values)} are stored.")
+    vectors[kept] = values
+    return vectors.reshape(shape)
 
 
 def _leaf(entry: dict[str, Any], known: dict[int, Format], arrays: dict[str, np.ndarray]):
@@ -167,7 +210,7 @@ def _leaf(entry: dict[str, Any], known: dict[int, Format], arrays: dict[str, np.
         return jnp.asarray(arrays[name])
     format, axes = known[entry["format"]], tuple(entry["channel_axes"])
     codes = jnp.asarray(unpack(arrays[f"{name}.codes"], format.bits, math.prod(shape)).reshape(shape))
-    grid = Grid(**{key: jnp.asarray(_stored(arrays, f"{name}.{key}", stored)) for key, stored in entry["grid"].items()})
+    grid = format.grid_type(**{key: jnp.asarray(_stored(arrays, f"{name}.{key}", stored)) for key, stored in entry["grid"].items()})
     array = QArray(codes, grid, format, axes, _float_dtype(entry["dtype"]))
     format.check(jax.eval_shape(lambda c: to_rows(c, axes), codes).shape)
     if jax.eval_shape(QArray.decode, array).shape != shape:

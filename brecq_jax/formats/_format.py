@@ -5,7 +5,7 @@ caller's work (`brecq_jax._qarray.to_rows`), so nothing here knows of kernels, l
 """
 
 import abc
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Format(abc.ABC):
     """
 
     bits: int
+    grid_type: ClassVar[type] = Grid  # a NamedTuple of arrays, `scale` and `zero_point` first; what has channels has them on axis 0
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, int]) -> None:

@@ -192,9 +192,32 @@ def statistics(program: Program, number: int, to: Reach, keep: int, formats, who
     goal = jnp.where(wanted <= to.low, jnp.minimum(current, to.low), jnp.where(wanted >= to.high, jnp.maximum(current, to.high), wanted))
     target = seen["output"] + jnp.where(slope != 0, (goal - current) / jnp.where(slope != 0, slope, 1), 0)
     t = output_rows(op, step, seen["operands"], target)
-    every = max(1, t.shape[1] // keep)
-    while math.gcd(every, t.shape[1]) > 1:  # or it would meet the same columns of each image
-        every -= 1
+    every = _stride(t.shape[1], keep)
     x, t = input_rows(op, step, seen["operands"], every).astype(jnp.float32), t[:, ::every].astype(jnp.float32)
     cross = jnp.einsum("gro,grk->gok", t, x)
     return jnp.einsum("grk,grl->gkl", x, x), cross.reshape(-1, x.shape[-1]), x.shape[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def gram(program: Program, number: int, keep: int, inputs, params, constants) -> Float[Array, "groups elements elements"]:
+    """xᵀx of op `number` over about `keep` of a batch's output rows, activations float."""
+    op = program.ops[number]
+    step, ids, outs = program.steps[op.step]
+    part = dataclasses.replace(program, steps=program.steps[: op.step + 1], outputs=outs)
+    seen = {}
+
+    def on_op(n, s, operands):
+        if n == number:
+            seen["x"] = input_rows(op, s, operands).astype(jnp.float32)
+        return fast_op(n, s, operands)
+
+    run(part, inputs, params, constants, on_op=on_op)
+    x = seen["x"][:, :: _stride(seen["x"].shape[1], keep)]
+    return jnp.einsum("grk,grl->gkl", x, x)
+
+
+def _stride(rows: int, keep: int) -> int:
+    every = max(1, rows // keep)
+    while math.gcd(every, rows) > 1:  # or it would meet the same columns of each image
+        every -= 1
+    return every

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from brecq_jax._calibrate import observe
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import quantize_array
+from brecq_jax.formats import Grid
 from brecq_jax.solvers._solver import Info, Solver
 
 BATCH = 32
@@ -45,4 +46,11 @@ def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] 
     for name, sample in samples.items():
         if not jnp.isfinite(sample).all():
             raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")
-    return guess.with_activations({n: formats[n].fit(jnp.asarray(samples[n])[None]) for n in formats})
+    return guess.with_activations({n: _fitted(n, format, samples[n]) for n, format in formats.items()})
+
+
+def _fitted(name: str, format, sample) -> Grid:
+    try:
+        return format.fit(jnp.asarray(sample)[None])
+    except ValueError as error:
+        raise ValueError(f"activations: {name}: {error}") from None

@@ -1,0 +1,201 @@
+"""Multipoint weights and SPARQ activations through the front door: points by output error, learned rounding, refusals."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import solvers
+from brecq_jax._qarray import QArray, to_rows
+from brecq_jax.formats import Multipoint, Sparq, Uniform
+
+COUNT, TRAINED = 16, 14  # calibration examples, and those that do not judge
+FORMAT = Multipoint(3, points=3, tolerance=0.15, select="linf")
+
+
+def net(params, x):
+    """A convolution, a convolution in two groups, a dense layer; values after ReLUs in between."""
+    for name, groups in (("first", 1), ("grouped", 2)):
+        x = jax.lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+        x = jax.nn.relu(x)
+    return x.mean((1, 2)) @ params["last"]
+
+
+def parameters():
+    draw = np.random.default_rng(0)
+    spread = np.linspace(0.2, 2, 8)
+    shapes = {"first": (3, 3, 2, 8), "grouped": (3, 3, 4, 8), "last": (8, 8)}
+    return {n: jnp.asarray(spread * draw.standard_t(4, s) / math.sqrt(math.prod(s[:-1])), jnp.float32) for n, s in shapes.items()}
+
+
+def images():
+    return np.random.default_rng(1).standard_normal((COUNT, 6, 6, 2)).astype(np.float32)
+
+
+def quantize(apply=net, params=None, inputs=None, **settings):
+    settings = {"weights": FORMAT, "activations": None, "solver": solvers.multipoint(), **settings}
+    return brecq_jax.quantize(parameters() if params is None else params, apply, images() if inputs is None else inputs, progress=False, **settings)
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return quantize()
+
+
+def test_every_channel_meets_the_output_error_or_has_all_points(quantized):
+    """What each op reads comes from the already-quantized ones before it."""
+    x = jnp.asarray(images()[[n for n in range(COUNT) if n % 8 != 7]])
+    found, params, means = quantized.dequantized(), parameters(), []
+    for name, groups in (("first", 1), ("grouped", 2), ("last", 0)):
+
+        def out(weight, x=x, groups=groups):
+            if not groups:
+                return x.mean((1, 2)) @ weight
+            return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+
+        energy, lost = (np.asarray(jnp.sum(jnp.square(out(w)).reshape(-1, 8), 0)) for w in (params[name], params[name] - found[name]))
+        counts = FORMAT.counts(quantized.params[name].grid)
+        assert np.all((np.sqrt(lost / energy) <= FORMAT.tolerance * 1.001) | (counts == FORMAT.points))
+        means.append(counts.mean())
+        x = jax.nn.relu(out(found[name]))
+    assert 1 < np.mean(means) < FORMAT.points
+
+
+def test_without_a_tolerance_to_meet_every_channel_is_plain():
+    format = dataclasses.replace(FORMAT, tolerance=math.inf)
+    found = quantize(weights=format)
+    for name, weight in parameters().items():
+        q, rows = found.params[name], to_rows(weight, (weight.ndim - 1,))
+        assert q.format == format and np.all(format.counts(q.grid) == 1)
+        np.testing.assert_array_equal(to_rows(q.codes, q.channel_axes), format.encode(rows, format.fit(rows)))
+
+
+def test_the_report_counts_what_is_kept(quantized):
+    sizes = {t.name: t.size_bits for t in quantized.report.tensors}
+    for name, q in quantized.params.items():
+        elements = q.size // 8
+        assert sizes[name] == int(FORMAT.counts(q.grid).sum()) * (3 * elements + 32) + 8 * 2
+    assert "up to 3 points" in quantized.report.plan
+
+
+@pytest.mark.parametrize("rounding", [solvers.StraightThrough(), solvers.RectifiedSigmoid(scale_learning_rate=1e-3)], ids=["straight", "sigmoid"])
+def test_learned_rounding_chooses_in_the_last_point(quantized, rounding):
+    q = quantized.params["grouped"]
+    rows = to_rows(parameters()["grouped"], q.channel_axes)
+    variables, fixed = rounding.start(q, rows)
+    now, _ = rounding.rows(q.format, variables, fixed, 0.0)
+    assert float(jnp.abs(now - rows).max()) <= float(q.grid.scale.max())
+    finished = rounding.finish(q, variables, fixed, rows)
+    assert finished.codes.dtype == jnp.uint8
+    for part in ("earlier", "ratios"):
+        np.testing.assert_array_equal(getattr(finished.grid, part), getattr(q.grid, part))
+    low, high = (q.format.decode(c, q.grid) for c in q.format.neighbors(rows, q.grid))
+    decoded = to_rows(finished.decode(), q.channel_axes)
+    assert np.all(np.isclose(decoded, low, atol=1e-6) | np.isclose(decoded, high, atol=1e-6))
+
+
+def test_points_then_learned_rounding_then_a_checkpoint(tmp_path, quantized):
+    settings = solvers.Reconstruction(
+        error=solvers.relative_error, rounding=solvers.StraightThrough(), num_steps=60, batch_size=8, learning_rate=1e-2, checks=4, patience=4
+    )
+    learned = quantize(solver=solvers.chain(solvers.multipoint(), solvers.reconstruct(settings)))
+    changed = 0
+    for name, q in learned.params.items():
+        np.testing.assert_array_equal(q.grid.earlier, quantized.params[name].grid.earlier)
+        changed += int(jnp.sum(q.codes != quantized.params[name].codes))
+    assert changed and all(r.kept for r in learned.report.blocks)
+    brecq_jax.save(tmp_path / "model", learned)
+    restored = brecq_jax.restore(tmp_path / "model", net)
+    assert restored.params["first"].format == FORMAT
+    np.testing.assert_array_equal(restored(images()), learned(images()))
+
+
+def test_one_point_survives_a_checkpoint(tmp_path):
+    found = quantize(weights=Multipoint(4, points=1), solver=solvers.nearest())
+    brecq_jax.save(tmp_path / "model", found)
+    np.testing.assert_array_equal(brecq_jax.restore(tmp_path / "model", net)(images()), found(images()))
+
+
+def test_slices_of_a_stacked_leaf_have_their_own_points():
+    params = {"layers": jax.random.t(jax.random.key(2), 4.0, (3, 8, 8)) * jnp.array([0.2, 1.0, 3.0])[:, None, None]}
+    inputs = np.random.default_rng(3).standard_normal((COUNT, 8)).astype(np.float32)
+
+    def apply(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+
+    format = dataclasses.replace(FORMAT, tolerance=0.02)
+    q = quantize(apply, params, inputs, weights=format).params["layers"]
+    assert isinstance(q, QArray) and q.grid.earlier.shape == (24, 2, 8)
+    counts = format.counts(q.grid)
+    assert counts.min() < counts.max()
+    rows = to_rows(params["layers"], q.channel_axes)
+    np.testing.assert_allclose(to_rows(q.decode(), q.channel_axes), q.format.decode(q.format.encode(rows, q.grid), q.grid), rtol=1e-5, atol=1e-6)
+
+
+def test_a_plan_without_points_is_refused():
+    with pytest.raises(ValueError, match="Write weights=formats.Multipoint"):
+        quantize(weights=Uniform(4))
+
+
+# SPARQ
+
+SPARQ = {"first": None, ".*": Sparq(4)}
+
+
+@pytest.mark.parametrize("preset", [None, "brecq"])
+def test_ops_read_re_coded_activations(preset):
+    """The net by hand: 8-bit codes of what each op reads, re-coded along its channels."""
+    found = quantize(weights=None, activations=SPARQ, preset=preset, solver=solvers.nearest())
+    params = parameters()
+
+    def read(x, name):
+        scale = found.activations[name].scale.squeeze()
+        codes = jnp.clip(jnp.round(x / scale), 0, 255).astype(jnp.uint8)
+        return scale * Sparq(4).recode(codes, -1).astype(jnp.float32)
+
+    x = jnp.asarray(images())
+    for name, groups in (("first", 1), ("grouped", 2)):
+        x = x if name == "first" else read(x, name)
+        x = jax.lax.conv_general_dilated(x, params[name], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+        x = jax.nn.relu(x)
+    np.testing.assert_allclose(found(images()), read(x.mean((1, 2)), "last") @ params["last"], rtol=1e-3, atol=1e-4)
+    assert all(int(g.zero_point.squeeze()) == 0 for g in found.activations.values())
+    assert "8 bit, read by 4 in pairs" in found.report.plan
+
+
+def test_it_is_a_plan_entry_under_learned_rounding_and_survives_a_checkpoint(tmp_path):
+    settings = dict(weights=Uniform(4), activations=SPARQ, preset="uniform")
+    found = quantize(**settings, solver=solvers.annealed(num_steps=10, drop_prob=0.5))
+    brecq_jax.save(tmp_path / "model", found)
+    restored = brecq_jax.restore(tmp_path / "model", net)
+    assert dict(restored.program.sites)["grouped"] == Sparq(4)
+    np.testing.assert_array_equal(restored(images()), found(images()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(activations=Sparq(4)), "activations: first: Sparq re-codes unsigned .* values after a ReLU"),
+        (dict(weights=Sparq(4)), r"weights: first is given Sparq.* write activations="),
+    ],
+)
+def test_it_is_refused_where_it_has_no_place(settings, words):
+    with pytest.raises(ValueError, match=words):
+        quantize(**{"weights": None, **settings}, solver=solvers.nearest())
+
+
+def test_it_is_refused_where_a_sum_has_no_pairs():
+    params = {"depthwise": jnp.ones((3, 3, 1, 4))}
+
+    def apply(params, x):
+        x = jax.lax.conv_general_dilated(x, params["depthwise"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4)
+        return x.mean((1, 2))
+
+    inputs = np.ones((COUNT, 4, 4, 4), np.float32)
+    with pytest.raises(ValueError, match="depthwise adds up 1 in each of its\n  4 groups"):
+        quantize(apply, params, inputs, weights=None, activations=Sparq(4), solver=solvers.nearest())
+    quantize(apply, params, inputs, weights=None, activations=Sparq(4, pairs=False), solver=solvers.nearest())
