@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brecq_jax.formats import LpRange, MinMax, Uniform
+from brecq_jax.formats import Affine, LpRange, MinMax, Uniform
 
 FORMATS = [
     Uniform(2),
@@ -18,7 +18,11 @@ FORMATS = [
     Uniform(4, symmetric=True, granularity="per_tensor"),
     Uniform(4, symmetric=True, granularity=16, ranges=MinMax()),
     Uniform(8, symmetric=True),
+    Affine(3, granularity=8),
+    Affine(2, symmetric=True, granularity="per_tensor"),
+    Affine(4, symmetric=True),
 ]
+ZERO_BETWEEN_POINTS = [f for f in FORMATS if isinstance(f, Affine)]
 CHANNELS, ELEMENTS = 6, 48
 
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -105,7 +109,7 @@ def test_outside_the_range_both_neighbors_are_the_end_point(format):
         np.testing.assert_array_equal(high[outside], end[outside])
 
 
-@every_format
+@pytest.mark.parametrize("format", [f for f in FORMATS if f not in ZERO_BETWEEN_POINTS], ids=str)
 def test_zero_is_a_point_of_every_grid(format):
     zero = jnp.zeros((CHANNELS, ELEMENTS))
     grid = format.fit(rows())
@@ -125,7 +129,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_scale(format):
 @every_format
 def test_doubling_the_weights_doubles_every_decoded_value(format):
     once, twice = (format.decode(format.encode(w, g), g) for w in (rows(), 2 * rows()) for g in [format.fit(w)])
-    np.testing.assert_array_equal(twice, 2 * once)
+    np.testing.assert_allclose(twice, 2 * once, rtol=0, atol=1e-15)  # the floor of a dead channel's scale, where zero is no point
 
 
 @every_format
@@ -147,7 +151,8 @@ def test_degenerate_channels_have_finite_positive_scales_and_finite_values(forma
     assert np.all(np.isfinite(grid.scale)) and np.all(grid.scale > 0) and np.all(np.isfinite(grid.zero_point))
     decoded = format.decode(format.encode(w, grid), grid)
     assert np.all(np.isfinite(decoded))
-    np.testing.assert_array_equal(decoded[w == 0], 0)
+    if format not in ZERO_BETWEEN_POINTS:
+        np.testing.assert_array_equal(decoded[w == 0], 0)
 
 
 @every_format
