@@ -17,7 +17,7 @@ from brecq_jax._interpret import param_values, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
-from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
+from brecq_jax.formats import Affine, Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
 from brecq_jax.solvers.nearest import BATCH
@@ -281,7 +281,9 @@ class _Search:
         for slot, _, axes in self.net.written:
             format, rows = self.rows["weight", slot]
             q = self.guess.weight(self.graph.weights[self.names[slot]])
-            codes, read, grid = _rounded(format, rows, grids["weight", slot], self.settings.correct_means)
+            correct = self.settings.correct_means
+            codes, grid = _codes(format, rows, grids["weight", slot], correct)
+            read = Affine(format.bits, granularity=format.granularity, ranges=format.ranges) if correct else format
             weights[self.names[slot]] = QArray(from_rows(codes, q.shape, axes), grid, read, axes, q.dtype)
         sites = {self.block.sites[site]: grids["reads", site] for site, _ in self.net.formats}
         return self.guess.with_weights(weights, self.graph).with_activations(sites)
