@@ -108,7 +108,7 @@ def test_the_search_is_compiled_once_and_its_loss_is_the_models(small, labelled)
 
 
 def test_what_is_kept_is_better_where_it_was_not_learned(small):
-    clipped_nowhere = Uniform(2, granularity="per_tensor", ranges=MinMax())
+    clipped_nowhere = Uniform(3, granularity="per_tensor", ranges=MinMax())
     quantized = quantize(small, solvers.lapq(small[2], iterations=1), clipped_nowhere)
     assert [b.solver for b in quantized.report.blocks] == ["norm", "powell"]
     assert all(b.error_after <= b.error_before for b in quantized.report.blocks)

@@ -17,7 +17,7 @@ from brecq_jax._interpret import param_values, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
-from brecq_jax.formats import Affine, Grid, LpRange, ScalarFormat, Uniform, mean_corrected
+from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
 from brecq_jax.solvers.nearest import BATCH
@@ -133,9 +133,7 @@ def _loss(net: _Net, octaves, grids: Mapping[tuple[str, int], Grid], params, con
     grids = _wider(net, octaves, grids)
     params = list(params)
     for slot, format, axes in net.written:
-        rows = to_rows(params[slot].astype(jnp.float32), axes)
-        codes, read, grid = _rounded(format, rows, grids["weight", slot], net.correct_means)
-        params[slot] = from_rows(read.decode(codes, grid), params[slot].shape, axes).astype(params[slot].dtype)
+        params[slot] = _nearest(params[slot], format, axes, grids["weight", slot], net.correct_means).decode()
     by_site = {site: grids["reads", site] for site, _ in net.formats}
     outputs = run_local(net.program, net.formats, net.whole_values, inputs, params, constants, by_site)
     return jnp.sum(counted * net.error(outputs, targets))
@@ -146,15 +144,13 @@ def _wider(net: _Net, octaves, grids):
     return {t: grids[t]._replace(scale=grids[t].scale * factors[n]) for n, t in enumerate(net.tensors)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _codes(format, rows, grid, correct_means):
-    codes, read, grid = _rounded(format, rows, grid, correct_means)
-    return codes, grid
-
-
-def _rounded(format, rows, grid, correct_means):
+@functools.partial(jax.jit, static_argnums=(1, 2, 4))
+def _nearest(weight, format: ScalarFormat, channel_axes: tuple[int, ...], grid: Grid, correct_means: bool) -> QArray:
+    rows = to_rows(weight.astype(jnp.float32), channel_axes)
     codes = format.encode(rows, grid)
-    return codes, *(mean_corrected(format, codes, grid, rows) if correct_means else (format, grid))
+    if correct_means:
+        format, grid = mean_corrected(format, codes, grid, rows)
+    return QArray(from_rows(codes, weight.shape, channel_axes), grid, format, channel_axes, weight.dtype.name)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -277,13 +273,9 @@ class _Search:
     def model(self) -> Quantized:
         """The guess with the grids as they stand, and the nearest codes."""
         grids = _wider(self.net, jnp.asarray(self.octaves, jnp.float32), self.grids)
-        weights = {}
-        for slot, _, axes in self.net.written:
-            format, rows = self.rows["weight", slot]
-            q = self.guess.weight(self.graph.weights[self.names[slot]])
-            correct = self.settings.correct_means
-            codes, grid = _codes(format, rows, grids["weight", slot], correct)
-            read = Affine(format.bits, granularity=format.granularity, ranges=format.ranges) if correct else format
-            weights[self.names[slot]] = QArray(from_rows(codes, q.shape, axes), grid, read, axes, q.dtype)
+        weights = {
+            self.names[slot]: _nearest(self.params[slot], format, axes, grids["weight", slot], self.settings.correct_means)
+            for slot, format, axes in self.net.written
+        }
         sites = {self.block.sites[site]: grids["reads", site] for site, _ in self.net.formats}
         return self.guess.with_weights(weights, self.graph).with_activations(sites)
