@@ -3,7 +3,7 @@ r"""Digits, one range for each tensor, 3-bit weights and activations: ranges by 
     python -m brecq_jax --config=configs/digits_lapq.py --workdir=runs/digits_lapq
 
 Calibrates on images that the network was not trained on: of the others it gets nearly all right, and its loss says little.
-docs/choosing.md holds what was measured.
+docs/results.md holds what was measured.
 """
 
 import dataclasses
