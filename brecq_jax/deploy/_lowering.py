@@ -19,7 +19,7 @@ from brecq_jax._graph import Graph, Op
 from brecq_jax._interpret import Block, Program
 from brecq_jax._jaxpr import STRUCTURAL, Step
 from brecq_jax._qarray import QArray, from_rows
-from brecq_jax.formats import Grid, Sparq, Uniform
+from brecq_jax.formats import Affine, Grid, Sparq, Uniform
 
 AFFINE = ("add", "sub", "mul", "div", "neg")
 CLIPPING = ("max", "min", "clamp", "custom_jvp_call")  # what relu, relu6 and clip are made of; each is tried on PROBES
@@ -101,13 +101,17 @@ def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[
     if weight is None:
         return "its weight is float"
     if not isinstance(weight.format, Uniform):
-        return f"points of {type(weight.format).__name__} are not evenly spaced"
+        return f"its points are those of {type(weight.format).__name__}, and not evenly spaced"
+    if isinstance(weight.format, Affine):
+        return "the zero point of its weight is no integer"
     if op.site not in formats:
         return "what it reads is float"
     if isinstance(formats[op.site], Sparq):
         return "what it reads is re-coded by Sparq, for hardware that has its multipliers"
     if isinstance(weight.format.granularity, int):
         return f"its weight has a scale for every {weight.format.granularity} elements, and a sum of integers one for all it adds"
+    if isinstance(formats[op.site], Affine):
+        return "the zero point of what it reads is no integer"
     if op.computed:
         return f"its weight goes through {', '.join(dict.fromkeys(op.computed))} first"
     if reading.step(op).params.get("batch_group_count", 1) > 1:

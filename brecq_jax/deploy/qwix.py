@@ -120,8 +120,8 @@ def _out_of(name: str, array: qwix.QArray) -> QArray:
 
 
 def _check(name: str, format: Format, grouped: bool):
-    shared = grouped or not isinstance(format.granularity, int) if isinstance(format, Uniform) else False
-    if not isinstance(format, Uniform) or not format.symmetric or not shared:
+    shared = type(format) is Uniform and (grouped or not isinstance(format.granularity, int))  # Affine is one, too, and has points of its own
+    if not shared or not format.symmetric:
         raise ValueError(f"qwix: {name} is {format}; qwix takes Uniform(bits, symmetric=True), for convolutions per channel.")
 
 

@@ -1,8 +1,11 @@
 """Number formats: array mathematics on rows of shape (channels, elements). Knows nothing of models."""
 
 from brecq_jax.formats._format import Format, Grid, ScalarFormat
+from brecq_jax.formats.affine import Affine, mean_corrected
 from brecq_jax.formats.multipoint import Multipoint
 from brecq_jax.formats.sparq import Sparq, activation_grid
 from brecq_jax.formats.uniform import LpRange, MinMax, Uniform, fake_quantize
 
-__all__ = ["Format", "Grid", "LpRange", "MinMax", "Multipoint", "ScalarFormat", "Sparq", "Uniform", "activation_grid", "fake_quantize"]
+__all__ = [
+    "Affine", "Format", "Grid", "LpRange", "MinMax", "Multipoint", "ScalarFormat", "Sparq", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
+]  # fmt: skip

@@ -62,6 +62,10 @@ class LpRange(RangeRule):
             )
 
     def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        return self.at(self.p, format, groups, importance)
+
+    def at(self, p: Float[Array, ""] | float, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        """The same for another exponent, which may be traced: many are tried with one compilation."""
         low, high = _bounds(groups)
         # Errors are counted in steps of the widest grid and importance in parts of its maximum: nothing under- or
         # overflows, and doubling the weights changes no comparison.
@@ -72,7 +76,7 @@ class LpRange(RangeRule):
 
         def narrower(best, factor):
             grid = format.grid_between(factor * low, factor * high)
-            error = (jnp.abs(groups - _decode(_encode(groups, grid, format.bits), grid)) / unit) ** self.p
+            error = (jnp.abs(groups - _decode(_encode(groups, grid, format.bits), grid)) / unit) ** p
             score = jnp.mean(error if importance is None else importance * error, axis=-1, keepdims=True)
             best_score, best_factor = best
             better = score < best_score  # strictly: of equals the widest range stays
@@ -141,12 +145,14 @@ class Uniform(ScalarFormat):
                 f"Uniform.fit: importance is {importance.shape} and rows are {rows.shape};\n"
                 "  write one importance for each element."
             )
-        pool = (1, -1) if self.granularity == "per_tensor" else rows.shape
-        rows, importance = (x if x is None else self._grouped(x.reshape(pool)) for x in (rows, importance))
-        return self.ranges(self, rows, importance)
+        return self.ranges(self, self.pooled(rows), None if importance is None else self.pooled(importance))
+
+    def pooled(self, rows: Float[Array, "channels elements"]) -> Float32[Array, "pools groups group_elements"]:
+        """The groups that share a scale: all of the rows are one group where the format is per tensor."""
+        return self._grouped(rows.reshape(1, -1) if self.granularity == "per_tensor" else rows)
 
     def encode(self, rows: Float[Array, "channels elements"], grid: Grid) -> UInt8[Array, "channels elements"]:
-        """clip(round(w / scale) + zero_point, 0, 2^bits − 1), halves to even."""
+        """clip(round(w / scale + zero_point), 0, 2^bits − 1); halves to even before an integer zero_point is added."""
         codes = _encode(self._grouped(rows), grid, self.bits)
         return codes.astype(jnp.uint8).reshape(rows.shape)
 
@@ -170,7 +176,8 @@ class Uniform(ScalarFormat):
         self, rows: Float[Array, "channels elements"], grid: Grid
     ) -> tuple[UInt8[Array, "channels elements"], UInt8[Array, "channels elements"]]:
         """Codes (floor, floor + 1): a weight that lies on a point may still choose the next one."""
-        floor = jnp.floor(self._grouped(rows) / grid.scale) + grid.zero_point
+        whole, part = _parts(grid.zero_point)
+        floor = jnp.floor(self._grouped(rows) / grid.scale + part) + whole
         low, high = (jnp.clip(code, 0, 2**self.bits - 1) for code in (floor, floor + 1))
         return low.astype(jnp.uint8).reshape(rows.shape), high.astype(jnp.uint8).reshape(rows.shape)
 
@@ -205,16 +212,18 @@ def fake_quantize(
     """x rounded to the grid, with a gradient: x̂ = scale · round(clip(x/scale, −zero_point, 2^bits − 1 − zero_point)).
 
     ∂x̂/∂x is 1 inside the range and 0 outside; ∂x̂/∂scale is round(x/scale) − x/scale inside and the end outside.
-    `zero_point` holds integers. x̂ has the dtype of x.
+    x̂ has the dtype of x.
+    A zero point between integers (`Affine`) is added before the rounding and taken off after it.
     Source: Esser et al. 2020 (LSQ), eq. 3 and its straight-through gradient, https://arxiv.org/abs/1902.08153. Their
     ends −Q_N and Q_P are −zero_point and 2^bits − 1 − zero_point here. Their gradient scale 1/√(N·Q_P) belongs to the
     optimizer: not here.
     """
-    low, high = -zero_point, 2**bits - 1 - zero_point
-    steps = x / scale
+    whole, part = _parts(zero_point)
+    low, high = -whole, 2**bits - 1 - whole
+    steps = x / scale + part
     # `where`, since at a tie `jnp.clip` would share the gradient between x and the end.
     inside = (low < steps) & (steps < high)
-    rounded = scale * jnp.where(inside, _round_straight_through(steps), jnp.where(steps <= low, low, high))
+    rounded = scale * (jnp.where(inside, _round_straight_through(steps), jnp.where(steps <= low, low, high)) - part)
     return rounded.astype(x.dtype)
 
 
@@ -228,7 +237,14 @@ def _bounds(groups: Groups) -> tuple[PerGroup, PerGroup]:
 
 
 def _encode(groups, grid: Grid, bits: int):
-    return jnp.clip(jnp.round(groups / grid.scale) + grid.zero_point, 0, 2**bits - 1)
+    whole, part = _parts(grid.zero_point)
+    return jnp.clip(jnp.round(groups / grid.scale + part) + whole, 0, 2**bits - 1)
+
+
+def _parts(zero_point):
+    """(integer, rest in (−1, 0]): what is added after rounding and before it. The rest of an integer is 0, which changes no value."""
+    whole = jnp.ceil(zero_point)
+    return whole, zero_point - whole
 
 
 def _decode(codes, grid: Grid):

@@ -123,7 +123,7 @@ class Walk:
                     start = time.perf_counter()
                     better = stage.better(unit, current)
                     after = self.judge(unit, better) if better is not current else error
-                    infos.append(record(block, stage, error, after, start))
+                    infos.append(record(block, stage.phase, stage.steps, error, after, start))
                     if after < error:
                         current, error = better, after
             decided.update(weights, (f"reads {s}" for s in sites))
@@ -132,11 +132,11 @@ class Walk:
         return current, tuple(infos)
 
 
-def record(block: Block, stage: Stage, before: float, after: float, start: float) -> dict:
+def record(block: Block, phase: str, steps: int, before: float, after: float, start: float) -> dict:
     """The record of one unit, for the report."""
     kept = after < before
     return {
-        "name": block.name, "ops": tuple(op.name for op in block.ops), "phase": stage.phase,
+        "name": block.name, "ops": tuple(op.name for op in block.ops), "phase": phase,
         "error_before": before, "error_learned": after, "error_after": after if kept else before, "kept": kept,
-        "steps": stage.steps, "wall_seconds": time.perf_counter() - start,
+        "steps": steps, "wall_seconds": time.perf_counter() - start,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from brecq_jax.solvers._roundings import RectifiedSigmoid, StraightThrough
 from brecq_jax.solvers._solver import Solver
 from brecq_jax.solvers._walk import relative_error, squared_error
+from brecq_jax.solvers.lapq import lapq
 from brecq_jax.solvers.nearest import nearest
 from brecq_jax.solvers.reconstruct import Reconstruction, reconstruct
 from brecq_jax.solvers.second_order import SecondOrder, second_order
@@ -68,8 +69,8 @@ def refined(**settings) -> Solver:
 
 
 def by_name(name: str, **settings) -> Solver:
-    """What `--config.method` says: nearest, second_order, annealed, refined, adaround, brecq, genie, qdrop, or squared (BRECQ's blocks,
-    plain squared error). Settings are those of `Reconstruction`; nearest and second_order take none of them.
+    """What `--config.method` says: nearest, second_order, lapq, annealed, refined, adaround, brecq, genie, qdrop, or squared (BRECQ's blocks,
+    plain squared error). Settings are those of `Reconstruction`; nearest, second_order and lapq take none of them.
 
     Raises:
       ValueError: another name.
@@ -77,6 +78,7 @@ def by_name(name: str, **settings) -> Solver:
     makers = {
         "nearest": lambda **_: nearest(),
         "second_order": lambda **_: second_order(),
+        "lapq": lambda **_: lapq(),
         "annealed": annealed,
         "refined": refined,
         "adaround": adaround,

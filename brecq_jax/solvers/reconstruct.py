@@ -53,6 +53,7 @@ class Reconstruction:
     act_steps: int = 5_000  # of the second phase, where weights and activations are not learned together
     # Ours: Adam steps the logarithm of the step size, which keeps it positive; BRECQ steps the size itself by 4e-4.
     act_learning_rate: float = 1e-3
+    refit: bool = True  # fit activation grids anew before they are learned; False begins at the guess's, as `lapq` leaves them
     drop_prob: float = 0.0  # the probability that an element's quantization is dropped, of inputs and inside: QDrop
     prediction: Prediction | None = None
     checks: int = 1  # how often the held-out error is looked at; the best is kept
@@ -67,11 +68,13 @@ def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
         keys = jax.random.split(key)
         if guess.activations and settings.together:
             # what is learned stays near the float outputs; with weights merely rounded, ranges may be anything
-            return _walk(settings, problem, fit_activations(problem, guess, problem.leaves), keys[0], True, True)
+            guess = fit_activations(problem, guess, problem.leaves) if settings.refit else guess
+            return _walk(settings, problem, guess, keys[0], True, True)
         guess, info = _walk(settings, problem, guess, keys[0], True, False)
         if not guess.activations:
             return guess, info
-        guess, more = _walk(settings, problem, fit_activations(problem, guess), keys[1], False, True)
+        guess = fit_activations(problem, guess) if settings.refit else guess
+        guess, more = _walk(settings, problem, guess, keys[1], False, True)
         return guess, info + more
 
     return solve

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from brecq_jax.deploy import pack, unpack
-from brecq_jax.formats import LpRange, MinMax, Multipoint, Uniform
+from brecq_jax.formats import Affine, LpRange, MinMax, Multipoint, Uniform
 
 FORMATS = [
     Uniform(2),
@@ -24,6 +24,9 @@ FORMATS = [
     Multipoint(4, points=2, tolerance=0.0, select="l2"),
     Multipoint(4, points=1, granularity="per_tensor"),
     Multipoint(8, tolerance=0.0),
+    Affine(3, granularity=8),
+    Affine(2, symmetric=True, granularity="per_tensor"),
+    Affine(4, symmetric=True),
 ]
 CHANNELS, ELEMENTS = 6, 48
 
@@ -125,14 +128,14 @@ def test_outside_the_range_both_neighbors_are_the_end_point(format):
         np.testing.assert_array_equal(high[outside], end[outside])
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if not isinstance(f, Multipoint)], ids=str)
+@pytest.mark.parametrize("format", [f for f in FORMATS if not isinstance(f, Affine | Multipoint)], ids=str)
 def test_zero_is_a_point_of_every_grid_that_all_elements_share(format):
     zero = jnp.zeros((CHANNELS, ELEMENTS))
     grid = format.fit(rows())
     np.testing.assert_array_equal(format.decode(format.encode(zero, grid), grid), zero)
 
 
-@every_format
+@pytest.mark.parametrize("format", [f for f in FORMATS if not isinstance(f, Affine)], ids=str)
 def test_a_weight_of_zero_stays_zero(format):
     w = rows().at[:, ::3].set(0)
     grid = format.fit(w)
@@ -152,7 +155,7 @@ def test_inside_the_range_the_error_is_at_most_half_a_scale(format):
 @every_format
 def test_doubling_the_weights_doubles_every_decoded_value(format):
     once, twice = (format.decode(format.encode(w, g), g) for w in (rows(), 2 * rows()) for g in [format.fit(w)])
-    np.testing.assert_array_equal(twice, 2 * once)
+    np.testing.assert_allclose(twice, 2 * once, rtol=0, atol=1e-15)  # the floor of a dead channel's scale, where zero is no point
 
 
 @every_format
@@ -174,7 +177,8 @@ def test_degenerate_channels_have_finite_positive_scales_and_finite_values(forma
     assert np.all(np.isfinite(grid.scale)) and np.all(grid.scale > 0) and np.all(np.isfinite(grid.zero_point))
     decoded = format.decode(format.encode(w, grid), grid)
     assert np.all(np.isfinite(decoded))
-    np.testing.assert_array_equal(decoded[w == 0], 0)
+    if not isinstance(format, Affine):
+        np.testing.assert_array_equal(decoded[w == 0], 0)
 
 
 @every_format
