@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from brecq_jax.formats import Format, Grid
+from brecq_jax.formats import Format
 
 
 @functools.partial(
@@ -26,7 +26,7 @@ class QArray:
     """
 
     codes: Any  # uint8, the original shape; Any, since tree_map puts any leaf here
-    grid: Grid
+    grid: Any  # a NamedTuple of arrays, the format's `grid_type`
     format: Format
     channel_axes: tuple[int, ...]  # axes of the original array that index channels, in order; () is a single row
     dtype: str  # the name of the float dtype to decode to

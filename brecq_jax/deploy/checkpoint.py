@@ -96,9 +96,10 @@ def restore(path: str | pathlib.Path, apply_fn: Callable, params: Any = None) ->
     leaves = []
     for n, record in enumerate(meta["leaves"]):
         if "format" in record:
-            grid = Grid(*(jnp.asarray(arrays[f"{n}.{field}"]) for field in Grid._fields))
+            format = _format(record["format"])
+            grid = format.grid_type(*(jnp.asarray(arrays[f"{n}.{field}"]) for field in format.grid_type._fields))
             codes = jnp.asarray(arrays[f"{n}.codes"])
-            leaves.append(QArray(codes, grid, _format(record["format"]), tuple(record["channel_axes"]), record["dtype"]))
+            leaves.append(QArray(codes, grid, format, tuple(record["channel_axes"]), record["dtype"]))
         else:
             leaves.append(jnp.asarray(arrays[f"{n}.value"]))
     tree = _tree(meta["leaves"], leaves, params)

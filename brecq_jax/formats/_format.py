@@ -5,7 +5,7 @@ caller's work (`brecq_jax._qarray.to_rows`), so nothing here knows of kernels, l
 """
 
 import abc
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class Format(abc.ABC):
     """
 
     bits: int
+    grid_type: ClassVar[type] = Grid  # the NamedTuple of arrays that `fit` returns: what a checkpoint builds again
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
@@ -39,19 +40,19 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def fit(
         self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
-    ) -> Grid:
-        """The grid for these rows; `importance` weighs the error of each element."""
+    ) -> NamedTuple:
+        """The grid for these rows, a `grid_type`; `importance` weighs the error of each element."""
 
     @abc.abstractmethod
-    def encode(self, rows: Float[Array, "channels elements"], grid: Grid) -> UInt8[Array, "channels elements"]:
+    def encode(self, rows: Float[Array, "channels elements"], grid: NamedTuple) -> UInt8[Array, "channels elements"]:
         """The code of the point nearest to each element."""
 
     @abc.abstractmethod
-    def decode(self, codes: Num[Array, "channels elements"], grid: Grid) -> Float32[Array, "channels elements"]:
+    def decode(self, codes: Num[Array, "channels elements"], grid: NamedTuple) -> Float32[Array, "channels elements"]:
         """The points that the codes name."""
 
     @abc.abstractmethod
-    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: Grid) -> int:
+    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: NamedTuple) -> int:
         """Bits to store the codes and the grid. Reads shapes only, so abstract arrays will do."""
 
 
