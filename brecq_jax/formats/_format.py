@@ -31,7 +31,7 @@ class Format(abc.ABC):
     """
 
     bits: int
-    grid_type: ClassVar[type] = Grid  # the NamedTuple of arrays that `fit` returns: what a checkpoint builds again
+    grid_type: ClassVar[type[tuple]] = Grid  # the NamedTuple of arrays that `fit` returns: what a checkpoint builds again
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
@@ -40,19 +40,19 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def fit(
         self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
-    ) -> NamedTuple:
+    ) -> tuple:
         """The grid for these rows, a `grid_type`; `importance` weighs the error of each element."""
 
     @abc.abstractmethod
-    def encode(self, rows: Float[Array, "channels elements"], grid: NamedTuple) -> UInt8[Array, "channels elements"]:
+    def encode(self, rows: Float[Array, "channels elements"], grid: tuple) -> UInt8[Array, "channels elements"]:
         """The code of the point nearest to each element."""
 
     @abc.abstractmethod
-    def decode(self, codes: Num[Array, "channels elements"], grid: NamedTuple) -> Float32[Array, "channels elements"]:
+    def decode(self, codes: Num[Array, "channels elements"], grid: tuple) -> Float32[Array, "channels elements"]:
         """The points that the codes name."""
 
     @abc.abstractmethod
-    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: NamedTuple) -> int:
+    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: tuple) -> int:
         """Bits to store the codes and the grid. Reads shapes only, so abstract arrays will do."""
 
 

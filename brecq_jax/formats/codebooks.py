@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Float32, Int32, Integer, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Integer, UInt8
 
 from brecq_jax.formats._format import Format
-from brecq_jax.formats.rows import codes_bits, to_half
+from brecq_jax.formats.rows import HALF_MAX, codes_bits, to_half
 
 BITS = (2, 4)  # a codebook of 256 points is longer than most rows
 LEVELS = 1024  # weighted points that the values of rows with one codebook are gathered into: their squared costs are 4 MB
@@ -75,7 +75,7 @@ class RowCodebook(_Codebook):
     def fit(self, rows: Float[Array, "rows elements"], importance: Float[Array, "rows elements"] | None = None) -> RowPoints:
         """The points of each row, by itself."""
         self.check(rows.shape)
-        rows = rows.astype(jnp.float32)
+        rows = jnp.clip(rows.astype(jnp.float32), -HALF_MAX, HALF_MAX)
         weights = jnp.ones_like(rows) if importance is None else importance.astype(jnp.float32)
 
         def one(both):
@@ -119,7 +119,7 @@ class ClusterCodebook(_Codebook):
     def fit(self, rows: Float[Array, "rows elements"], importance: Float[Array, "rows elements"] | None = None) -> Codebooks:
         """The codebooks, and each row's own."""
         self.check(rows.shape)
-        rows = rows.astype(jnp.float32)
+        rows = jnp.clip(rows.astype(jnp.float32), -HALF_MAX, HALF_MAX)
         weights = jnp.ones_like(rows) if importance is None else importance.astype(jnp.float32)
         rank = jnp.argsort(jnp.argsort(jnp.std(rows, 1)))
         book = (rank * self.clusters // len(rows))[:, None]
@@ -151,10 +151,10 @@ class ClusterCodebook(_Codebook):
         own = 8 * np.dtype(grid.book.dtype).itemsize * grid.book.size
         return codes_bits(codes.shape, grid.book.shape[0], self.bits) + own + 16 * grid.points.size
 
-    def _points(self, rows, weights, book: Int32[Array, "rows 1"]) -> Float16[Array, "clusters points"]:
+    def _points(self, rows, weights, book: Integer[Array, "rows 1"]) -> Float16[Array, "clusters points"]:
         low, high = jnp.min(rows), jnp.max(rows)
         level = jnp.clip((rows - low) / jnp.where(high > low, (high - low) / LEVELS, 1), 0, LEVELS - 1).astype(jnp.int32)
-        place = book * LEVELS + level
+        place = book.astype(jnp.int32) * LEVELS + level
 
         def total(values):
             return jnp.zeros(self.clusters * LEVELS).at[place].add(values).reshape(self.clusters, LEVELS)
@@ -203,10 +203,10 @@ def kmeans(values: Float32[Array, " n"], weights: Float32[Array, " n"], k: int) 
 
     first, (starts, stops) = jax.lax.scan(cut, len(values), before_last[: k - 1], reverse=True)
     starts, stops = jnp.concatenate([jnp.zeros(1, starts.dtype), starts]), jnp.concatenate([first[None], stops])
-    inside = mass[stops] - mass[starts]
-    mean = (sums[stops] - sums[starts]) / jnp.where(inside > 0, inside, 1)
-    edge = centred[jnp.clip(stops - 1, 0, len(values) - 1)]  # a part without weight keeps the order
-    return jnp.where(inside > 0, mean, edge) * spread + middle
+    own = weights * ((starts[:, None] <= places[:-1]) & (places[:-1] < stops[:, None]))
+    inside = jnp.sum(own, 1)
+    edge = values[jnp.clip(stops - 1, 0, len(values) - 1)]  # a part without weight keeps the order
+    return jnp.where(inside > 0, jnp.sum(own * values, 1) / jnp.where(inside > 0, inside, 1), edge)
 
 
 def _nearest(rows: Float[Array, "rows elements"], points: Float32[Array, "rows points"]) -> UInt8[Array, "rows elements"]:
