@@ -84,6 +84,7 @@ def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
 
 SMALL = {
     "digits_w4a8": ["--config.num_steps=5"],
+    "embeddings": ["--config.num_steps=20"],
     "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
     "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
