@@ -64,7 +64,7 @@ def test_kmeans_is_the_best_of_all_partitions(n, k):
 
     cuts = ((0, *some, n) for some in itertools.combinations(range(1, n), k - 1))
     least = min(sum(itertools.starmap(cost, itertools.pairwise(cut))) for cut in cuts)
-    points = np.asarray(kmeans(values, weights, k))
+    points = np.asarray(kmeans(jnp.asarray(values), jnp.asarray(weights), k))
     assert np.all(np.diff(points) >= 0)
     np.testing.assert_allclose(np.sum(weights * ((values[:, None] - points) ** 2).min(1)), least, rtol=1e-4, atol=1e-6)
 
