@@ -138,6 +138,7 @@ def _whole(values: np.ndarray) -> tuple[int, int] | None:
     """(bits, low) of whole numbers that are, less `low`, at most 8 bits long."""
     if not values.size:
         return 1, 0
+    values = values.astype(np.float64)  # float16 ends before 2^16
     if not np.all((np.abs(values) < 2**16) & (values == np.round(values))):
         return None
     low = int(values.min())

@@ -31,7 +31,7 @@ class Format(abc.ABC):
     """
 
     bits: int
-    grid_type: ClassVar[type] = Grid  # a NamedTuple of arrays, `scale` and `zero_point` first; what has channels has them on axis 0
+    grid_type: ClassVar[type] = Grid  # the NamedTuple of arrays that `fit` returns; those of one row each have rows on axis 0
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, int]) -> None:
@@ -40,19 +40,19 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def fit(
         self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
-    ) -> Grid:
-        """The grid for these rows; `importance` weighs the error of each element."""
+    ) -> tuple:
+        """The grid for these rows, a `grid_type`; `importance` weighs the error of each element."""
 
     @abc.abstractmethod
-    def encode(self, rows: Float[Array, "channels elements"], grid: Grid) -> UInt8[Array, "channels elements"]:
+    def encode(self, rows: Float[Array, "channels elements"], grid: tuple) -> UInt8[Array, "channels elements"]:
         """The code of the point nearest to each element."""
 
     @abc.abstractmethod
-    def decode(self, codes: Num[Array, "channels elements"], grid: Grid) -> Float32[Array, "channels elements"]:
+    def decode(self, codes: Num[Array, "channels elements"], grid: tuple) -> Float32[Array, "channels elements"]:
         """The points that the codes name."""
 
     @abc.abstractmethod
-    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: Grid) -> int:
+    def storage_bits(self, codes: Array | jax.ShapeDtypeStruct, grid: tuple) -> int:
         """Bits to store the codes and the grid. Reads shapes only, so abstract arrays will do."""
 
 

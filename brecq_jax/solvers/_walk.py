@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from brecq_jax._calibrate import Hooks, Memory, Stream, fisher, learned_outputs
 from brecq_jax._interpret import Block, param_values, whole
 from brecq_jax._model import Problem, Quantized
+from brecq_jax.formats import ScalarFormat
 from brecq_jax.solvers._solver import Info, split
 
 
@@ -96,6 +97,11 @@ class Walk:
         (outputs,) = stream.outputs(net, param_values(self.graph, net, self.leaves))
         return outputs if outputs.ndim >= 2 and outputs.shape[-1] > 1 and np.issubdtype(outputs.dtype, np.floating) else None
 
+    def chooses(self, model: Quantized, name: str) -> bool:
+        """Whether a weight has neighbours to choose between: formats of whole rows keep their nearest points."""
+        q = model.weight(self.graph.weights[name])
+        return q is not None and isinstance(q.format, ScalarFormat)
+
     def judge(self, unit: Unit, model: Quantized) -> float:
         """The unit's error with this model, on the examples that judge."""
         outputs = self.rough.outputs(unit.block, model.values(self.graph, unit.block), self.hooks(model), self.held_out)
@@ -114,7 +120,7 @@ class Walk:
         current, infos = guess, []
         for n, block in enumerate(self.blocks):
             targets = self.exact.outputs(block, param_values(self.graph, block, self.leaves))
-            weights = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and current.weight(self.graph.weights[w])]
+            weights = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and self.chooses(current, w)]
             sites = [s for s in block.sites if s in current.activations and f"reads {s}" not in decided] if self.activations else []
             unit = Unit(n, block, tuple(weights), tuple(sites), targets)
             if (weights or sites) and learned_outputs(self.graph, block):

@@ -16,7 +16,7 @@ import brecq_jax
 from brecq_jax._model import Program
 from brecq_jax._qarray import quantize_array
 from brecq_jax.deploy import restore_safetensors, save_safetensors
-from brecq_jax.formats import Grid, LpRange, MinMax, Multipoint, Uniform
+from brecq_jax.formats import Affine, ClusterCodebook, Grid, LpRange, MinMax, Multipoint, RowCodebook, RowUniform, Uniform
 
 ROOT = pathlib.Path(__file__).parents[2]
 KINDS = {"checkpoint": (brecq_jax.save, brecq_jax.restore), "safetensors": (save_safetensors, restore_safetensors)}
@@ -27,6 +27,10 @@ FORMATS = [
     Uniform(2, granularity=5, ranges=MinMax()),
     Multipoint(2, points=4, tolerance=0.2),  # some channels have fewer points than others
     Multipoint(4, points=1),
+    Affine(3, ranges=MinMax()),
+    RowUniform(4),
+    RowCodebook(2),
+    ClusterCodebook(2, clusters=3),
 ]
 
 
@@ -170,7 +174,7 @@ for leaf in record["leaves"]:
 
 
 def test_numpy_alone_reads_a_safetensors_file(tmp_path):
-    params = {f"w{n}": weight(format) for n, format in enumerate(FORMATS) if isinstance(format, Uniform)} | {"stacked": weight(FORMATS[2], (4, 6, 5), (0, 2))}
+    params = {f"w{n}": weight(format) for n, format in enumerate(FORMATS) if type(format) is Uniform} | {"stacked": weight(FORMATS[2], (4, 6, 5), (0, 2))}
     quantized = model(params)
     save_safetensors(tmp_path / "m", quantized)
     subprocess.run([sys.executable, "-c", READER, tmp_path / "m", tmp_path], check=True)

@@ -1,0 +1,205 @@
+"""Embedding tables as packed rows: quantized chunk by chunk from host memory, and only the rows asked for are decoded."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Integer, UInt8
+
+from brecq_jax._qarray import QArray, to_rows
+from brecq_jax.formats import ClusterCodebook, RowCodebook, RowUniform
+
+RowFormat = RowUniform | RowCodebook | ClusterCodebook
+ROWS_AT_ONCE = 65_536
+SAMPLED_ROWS = 65_536  # evenly spread over the table: what shared codebooks are fitted to
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("rows", "points"), meta_fields=("format", "width"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class PackedTable:
+    """A table of which row r is the bytes `rows[r]`: its codes, then what it alone needs of the grid.
+
+    Code i of a row is bits [i·bits, (i+1)·bits) of its bytes, the least significant bit first; the last byte is filled up
+    with zeros. Then follow, little endian, scale and bias (`RowUniform`), the points (`RowCodebook`) or the number of
+    its codebook (`ClusterCodebook`). With `RowUniform` at 2 and 4 bits these are the bytes of PyTorch's
+    `quantized::embedding_bag_{2,4}bit_prepack`.
+
+    A pytree. `rows` is a NumPy array in host memory as `pack_table` makes it; `jax.device_put(table)` moves it.
+    """
+
+    rows: Any  # uint8 (rows, bytes)
+    points: Any  # float16 (clusters, points), the codebooks that rows share; None without
+    format: RowFormat
+    width: int  # elements of a row
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits of everything that is kept."""
+        return 8 * self.rows.size + (0 if self.points is None else 16 * self.points.size)
+
+    def __repr__(self) -> str:
+        shape = getattr(self.rows, "shape", None)
+        return f"PackedTable({shape} bytes for rows of {self.width}, {self.format})"
+
+
+def pack_table(table: Any, format: RowFormat, rows_at_once: int = ROWS_AT_ONCE) -> PackedTable:
+    """Quantize and pack a table that need not fit on the device, some rows at a time.
+
+        table = np.load("items.npy", mmap_mode="r")
+        packed = pack_table(table, formats.RowUniform(4))
+
+    Args:
+      table: (rows, elements), anything with a shape that gives NumPy rows for a slice, as `np.memmap`; codebooks that are
+        shared (`ClusterCodebook`) need a list of positions, too.
+      format: of the rows.
+      rows_at_once: how many are held as floats. The result does not depend on it.
+
+    Raises:
+      ValueError: not two axes, no rows, rows that the format cannot write, values that are not finite.
+      TypeError: a format without packed rows.
+    """
+    if not isinstance(format, RowFormat):
+        raise TypeError(f"pack_table: {format!r} has no packed rows; write RowUniform({getattr(format, 'bits', 4)}), RowCodebook or ClusterCodebook.")
+    if len(table.shape) != 2 or 0 in table.shape:
+        raise ValueError(f"pack_table: the table is {tuple(table.shape)}; write one of (rows, elements).")
+    count, width = table.shape
+    format.check((count, width))
+    points = None
+    if isinstance(format, ClusterCodebook):
+        spread = np.linspace(0, count - 1, min(count, SAMPLED_ROWS)).astype(np.int64)
+        points = format.fit(_finite(table, spread, "its sample")).points
+    packed, size = None, min(rows_at_once, count)
+    for start in range(0, count, size):
+        rows = _finite(table, slice(start, start + size), f"rows {start} to {min(start + size, count) - 1}")
+        part = np.asarray(_quantized(format, np.pad(rows, ((0, size - len(rows)), (0, 0))), points))[: len(rows)]
+        packed = np.empty((count, part.shape[1]), np.uint8) if packed is None else packed
+        packed[start : start + size] = part
+    return PackedTable(packed, None if points is None else np.asarray(points), format, width)
+
+
+def packed(array: QArray) -> PackedTable:
+    """The table of a QArray whose first axis counts rows: the weight of an `nn.Embed` in `Quantized.params`.
+
+    Raises:
+      TypeError: a format without packed rows.
+      ValueError: rows that are not the first axis alone.
+    """
+    if not isinstance(array.format, RowFormat):
+        raise TypeError(f"packed: {array.format} has no packed rows; quantize with RowUniform, RowCodebook or ClusterCodebook.")
+    if array.channel_axes != (0,):
+        raise ValueError(f"packed: the channels of {array} are its axes {array.channel_axes}; rows are the first axis, (0,).")
+    points = array.grid.points if isinstance(array.format, ClusterCodebook) else None
+    codes = to_rows(array.codes, (0,))
+    return PackedTable(_joined(array.format, codes, array.grid), points, array.format, codes.shape[1])
+
+
+def lookup(table: PackedTable, ids: Integer[Array, "*batch"] | Integer[np.ndarray, "*batch"]) -> Float32[Array, "*batch width"]:
+    """The rows of these numbers, decoded. Rows in host memory are gathered there, and alone go to the device.
+
+        >>> table = pack_table(np.eye(4, dtype=np.float32), RowUniform(4))
+        >>> lookup(table, np.array([2]))
+        Array([[0., 0., 1., 0.]], dtype=float32)
+
+    Raises:
+      ValueError: there is no such row (of numbers known at once; under `jit` the nearest row that there is stands in).
+    """
+    return _decoded(table.format, table.width, *_picked(table, ids))
+
+
+def embedding_bag(
+    table: PackedTable,
+    ids: Integer[Array, " n"] | Integer[np.ndarray, " n"],
+    offsets: Integer[Array, " bags"] | Integer[np.ndarray, " bags"],
+    weights: Float[Array, " n"] | Float[np.ndarray, " n"] | None = None,
+) -> Float32[Array, "bags width"]:
+    """Sums of rows: bag k is Σ weight · row over ids[offsets[k] : offsets[k+1]], the last one to the end; an empty one is zero.
+
+    `offsets` ascend from 0. Source: torch.nn.EmbeddingBag, mode "sum".
+
+    Raises:
+      ValueError: as `lookup`; offsets that do not begin at 0.
+    """
+    if not isinstance(offsets, jax.core.Tracer) and np.asarray(offsets)[:1].tolist() != [0]:
+        raise ValueError(f"embedding_bag: offsets begin with {np.asarray(offsets)[:1]}; write 0 for the first bag.")
+    return _bags(table.format, table.width, *_picked(table, ids), offsets, weights)
+
+
+def _picked(table: PackedTable, ids):
+    known = not isinstance(ids, jax.core.Tracer)
+    if known and np.size(ids):
+        low, high = int(np.min(ids)), int(np.max(ids))
+        if low < 0 or high >= len(table.rows):
+            raise ValueError(f"ids are {low} to {high}, and the table has rows 0 to {len(table.rows) - 1}.")
+    if isinstance(table.rows, np.ndarray) and known:
+        return np.take(table.rows, np.asarray(ids), axis=0), table.points
+    return jnp.take(table.rows, ids, axis=0, mode="clip"), table.points
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decoded(format: RowFormat, width: int, rows: UInt8[Array, "*batch bytes"], points):
+    batch, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
+    size = _code_bytes(width, format.bits)
+    codes = _unpacked(rows[:, :size], format.bits)[:, :width]
+    tail = rows[:, size:]
+    if isinstance(format, ClusterCodebook):
+        grid = format.grid_type(points, _read(tail, np.uint8 if tail.shape[1] == 1 else np.uint16))
+    elif isinstance(format, RowCodebook):
+        grid = format.grid_type(_read(tail, np.float16))
+    else:
+        grid = format.grid_type(_read(tail[:, :2], np.float16), _read(tail[:, 2:], np.float16))
+    return format.decode(codes, grid).reshape(*batch, width)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _bags(format: RowFormat, width: int, rows, points, offsets, weights):
+    values = _decoded(format, width, rows, points)
+    values = values if weights is None else values * weights[:, None]
+    bag = jnp.searchsorted(offsets, jnp.arange(len(values)), side="right") - 1
+    return jax.ops.segment_sum(values, bag, len(offsets), indices_are_sorted=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized(format: RowFormat, rows: Float32[Array, "rows elements"], points) -> UInt8[Array, "rows bytes"]:
+    grid = format.fit(rows) if points is None else format.choose(rows, points, jnp.ones_like(rows))
+    return _joined(format, format.encode(rows, grid), grid)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _joined(format: RowFormat, codes: UInt8[Array, "rows elements"], grid) -> UInt8[Array, "rows bytes"]:
+    own = (grid.book,) if isinstance(format, ClusterCodebook) else grid
+    return jnp.concatenate([_packed(codes, format.bits), *map(_bytes, own)], 1)
+
+
+def _packed(codes: UInt8[Array, "rows elements"], bits: int) -> UInt8[Array, "rows bytes"]:
+    per_byte = 8 // bits
+    codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % per_byte)))
+    parts = [codes[:, n::per_byte] << np.uint8(n * bits) for n in range(per_byte)]
+    return functools.reduce(jnp.bitwise_or, parts)
+
+
+def _unpacked(rows: UInt8[Array, "rows bytes"], bits: int) -> UInt8[Array, "rows elements"]:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((rows[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(len(rows), -1)
+
+
+def _bytes(values: Array) -> UInt8[Array, "rows bytes"]:
+    return jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(len(values), -1)
+
+
+def _read(rows: UInt8[Array, "rows bytes"], dtype) -> Array:
+    size = np.dtype(dtype).itemsize
+    return jax.lax.bitcast_convert_type(rows.reshape(len(rows), -1, size) if size > 1 else rows, dtype)
+
+
+def _code_bytes(width: int, bits: int) -> int:
+    return -(-width * bits // 8)
+
+
+def _finite(table, which, where: str) -> np.ndarray:
+    rows = np.asarray(table[which], np.float32)
+    if not np.isfinite(rows).all():
+        raise ValueError(f"pack_table: {where} have values that are not finite. Check the table.")
+    return rows
