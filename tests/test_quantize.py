@@ -55,6 +55,20 @@ def test_the_result_is_a_pytree_to_jit_and_differentiate(w3a8, digits):
     assert w3a8(x[:3]).shape == (3, 10)
 
 
+def test_two_models_of_one_program_are_called_in_turn():
+    """The graph is traced while the first call is, and serves both: `pad` holds a number that must not belong to that trace."""
+
+    def padded(w, x):
+        return jax.nn.relu(jnp.pad(x, ((0, 0), (0, 3)))) @ w
+
+    w, x = jax.random.normal(jax.random.key(0), (8, 4)), jax.random.normal(jax.random.key(1), (16, 5))
+    for bits in (8, 4):
+        quantized = brecq_jax.quantize(
+            w, padded, x, weights=Uniform(bits), activations=Uniform(8), preset=None, solver=solvers.nearest(), progress=False
+        )
+        np.testing.assert_array_equal(quantized(x[:3]), quantized(x[:3]))
+
+
 def test_the_result_can_be_sharded(w3a8, digits):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.device_put(w3a8, jax.NamedSharding(mesh, jax.P()))
