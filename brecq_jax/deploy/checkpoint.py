@@ -47,7 +47,8 @@ def save(path: str | pathlib.Path, quantized: Quantized) -> None:
     record, arrays = describe(quantized)
     parts: dict[str, list[np.ndarray]] = {}
     for array in arrays.values():
-        parts.setdefault(array.dtype.name, []).append(array.reshape(-1))
+        if array.size:  # orbax saves nothing empty
+            parts.setdefault(array.dtype.name, []).append(array.reshape(-1))
     with _checkpointer() as checkpointer:
         checkpointer.save(path / ARRAYS, {dtype: np.concatenate(some) for dtype, some in parts.items()})
     (path / MODEL).write_bytes(gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0))
@@ -107,7 +108,8 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
 def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
     counts: dict[str, int] = {}
     for dtype, shape in places.values():
-        counts[dtype.name] = counts.get(dtype.name, 0) + math.prod(shape)
+        if math.prod(shape):
+            counts[dtype.name] = counts.get(dtype.name, 0) + math.prod(shape)
     held = sum((path / name).stat().st_size for name in _files(path))
     if sum(jnp.dtype(dtype).itemsize * count for dtype, count in counts.items()) > held:
         raise ValueError(f"its record speaks of more than the {held} bytes of its files.")
@@ -122,6 +124,9 @@ def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int
         raise ValueError(f"{ARRAYS} cannot be read by orbax: {reason}. Save the model again.") from error
     arrays, taken = {}, dict.fromkeys(counts, 0)
     for name, (dtype, shape) in places.items():
+        if not math.prod(shape):
+            arrays[name] = np.zeros(shape, dtype)
+            continue
         first = taken[dtype.name]
         taken[dtype.name] = first + math.prod(shape)
         arrays[name] = np.asarray(whole[dtype.name][first : taken[dtype.name]]).reshape(shape)

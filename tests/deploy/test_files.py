@@ -100,6 +100,13 @@ def test_trees_that_are_not_of_dicts_and_lists_need_params(kind, tmp_path):
         restore(tmp_path / "m", apply_fn, [jnp.zeros(3)])
 
 
+def test_a_model_without_a_float32_number_comes_back(kind, tmp_path):
+    save, restore = kind
+    quantized = model({"table": weight(RowUniform(4), (6, 8), (0,))})
+    save(tmp_path / "m", quantized)
+    assert_same(restore(tmp_path / "m", apply_fn), quantized)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_file_of_megabytes_is_three_percent_larger_than_its_bits_at_most(kind, bits, tmp_path):
     save, _ = kind
