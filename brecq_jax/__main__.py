@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one config. Prints the result and returns it."""
     parser = argparse.ArgumentParser(prog="python -m brecq_jax", description=__doc__)
     parser.add_argument("--config", required=True, help="a file that defines a dataclass `Config` with `build()`")
-    parser.add_argument("--workdir", required=True, help="a new folder for model/, result.json and report.html")
+    parser.add_argument("--workdir", required=True, help="a folder for model/, result.json and report.html: a new one, or an interrupted run's, to go on")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     known, overrides = parser.parse_known_args(arguments)
     keep_memory()
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         config = load_config(known.config, overrides)
         settings = {"config": known.config, **dataclasses.asdict(config)}
         result = execute(config.build(), known.workdir, settings, progress=not known.quiet)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"{type(error).__name__}: {error}\n")
     print(*(f"{name}: {value:.4g}" for name, value in result["figures"].items()), sep="\n")
     print(f"size: {result['size_mb']:.3f} MB, in float {result['float_mb']:.3f} MB")
