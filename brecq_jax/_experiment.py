@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from brecq_jax import report
 from brecq_jax._journal import locked, write_whole
@@ -36,8 +37,10 @@ class Experiment:
     seed: int = 0
 
 
-def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True) -> dict[str, Any]:
-    """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a folder.
+def execute(
+    experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a folder, by the first process alone.
 
     Given the folder of a run that was interrupted, it goes on where that stopped; unfinished/ keeps the blocks until result.json is there.
 
@@ -55,14 +58,10 @@ def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[
             experiment.params, experiment.apply_fn, experiment.calib_ds,
             weights=experiment.weights, activations=experiment.activations, preset=experiment.preset,
             solver=experiment.solver, blocks=experiment.blocks, memory_budget_gb=experiment.memory_budget_gb,
-            resume=unfinished, key=jax.random.key(experiment.seed), progress=progress,
+            resume=unfinished, mesh=mesh, key=jax.random.key(experiment.seed), progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
-        shutil.rmtree(model, ignore_errors=True)  # half of one, if the run was interrupted here
-        save(model, quantized)
-        report.write_html(quantized.report, workdir / "report.html")
-        report.block_errors(quantized.report, workdir / "block_errors.png")
         result = {
             "settings": settings,
             "figures": figures,
@@ -73,7 +72,12 @@ def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[
             "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
         }
-        # Whole or not there: a sweep takes a run with a result.json for finished.
-        write_whole(result_file, json.dumps(result, indent=1).encode())
-        shutil.rmtree(unfinished)
+        if jax.process_index() == 0:
+            shutil.rmtree(model, ignore_errors=True)  # half of one, if the run was interrupted here
+            save(model, quantized)
+            report.write_html(quantized.report, workdir / "report.html")
+            report.block_errors(quantized.report, workdir / "block_errors.png")
+            # Whole or not there: a sweep takes a run with a result.json for finished.
+            write_whole(result_file, json.dumps(result, indent=1).encode())
+            shutil.rmtree(unfinished)
     return result

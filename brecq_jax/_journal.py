@@ -1,10 +1,10 @@
 """What an interrupted run keeps: a folder with a record of each finished block, in the order in which they were finished.
 
     lock               held by the process that works in the folder, and by it alone
-    run.json           {part: SHA-256}: what the run was made of; see `_quantize`, which says what is compared
-    00000, 00001, …    one record per finished block: a SHA-256 of all that follows, a line of JSON, the arrays' bytes
+    run                JSON, {part: SHA-256}: what the run was made of; see `_quantize`, which says what is compared
+    00000, 00001, …    one record per finished block: a line of JSON, the arrays' bytes
 
-A file gets its name when all of it is on the disk, so that none is ever half-written; one that was damaged later is known by
+`run` and the records begin with a SHA-256 of all that follows. A file gets its name when all of it is on the disk, so that none is ever half-written; one that was damaged later is known by
 its SHA-256, and its block is done again. Each record names what came before it (a SHA-256 over the run and the arrays of all
 blocks until there), so that a block is never put on top of others than those that it was learned on.
 """
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-RUN = "run.json"
+RUN = "run"
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -64,8 +64,7 @@ class Journal:
         arrays = b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(found))
         if jax.process_index() == 0:
             line = json.dumps({"block": block, "before": self.last.hex(), "infos": infos}).encode()
-            packed = line + b"\n" + arrays
-            write_whole(self._path(), hashlib.sha256(packed).digest() + packed)
+            write_whole(self._path(), _sealed(line + b"\n" + arrays))
         self._follow(arrays)
 
     @property
@@ -84,13 +83,12 @@ class Journal:
         """The next record, if it is there, whole, and follows what came before."""
         if jax.process_index() or not self._path().is_file():
             return None
-        whole = self._path().read_bytes()
-        packed = whole[DIGEST:]
-        if hashlib.sha256(packed).digest() != whole[:DIGEST]:
+        packed = _unsealed(self._path().read_bytes())
+        if packed is None:
             warnings.warn(f"resume: {self._path()} is damaged; block {block} is done again.", stacklevel=2)
             return None
         line = json.loads(packed.partition(b"\n")[0])
-        return packed if (line["block"], line["before"]) == (block, self.last.hex()) else None
+        return packed if (line.get("block"), line.get("before")) == (block, self.last.hex()) else None
 
 
 @contextlib.contextmanager
@@ -112,13 +110,13 @@ def opened(folder: str | pathlib.Path | None, run: Callable[[], Mapping[str, str
 
 
 def _check(folder: pathlib.Path, parts: Mapping[str, str]):
+    kept = _unsealed((folder / RUN).read_bytes()) if (folder / RUN).exists() else None
     try:
-        there = json.loads((folder / RUN).read_bytes())
-    except (FileNotFoundError, ValueError):  # none, or damaged: then each record says whose it is
-        there = None
-    if there is None:
-        write_whole(folder / RUN, json.dumps(parts, indent=1).encode())
-    elif there != parts:
+        there = json.loads(kept or b"")
+    except ValueError:  # none, or damaged: then each record says whose it is
+        write_whole(folder / RUN, _sealed(json.dumps(parts).encode()))
+        return
+    if there != parts:
         other = sorted(name for name in {*there, *parts} if there.get(name) != parts.get(name))
         raise ValueError(
             f"resume: {folder} has blocks of a run with other {', '.join(other)}. Give the command that was interrupted, another folder, or "
@@ -170,6 +168,15 @@ def write_whole(path: pathlib.Path, data: bytes):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _sealed(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest() + data
+
+
+def _unsealed(whole: bytes) -> bytes | None:
+    """What was sealed, or None if it is damaged."""
+    return whole[DIGEST:] if hashlib.sha256(whole[DIGEST:]).digest() == whole[:DIGEST] else None
 
 
 def _everywhere(packed: bytes | None) -> bytes | None:

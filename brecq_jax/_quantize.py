@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from brecq_jax import data, solvers
 from brecq_jax._blocks import partition
@@ -18,6 +19,7 @@ from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
 from brecq_jax._qarray import QArray
+from brecq_jax._sharding import data_mesh
 from brecq_jax.formats import Uniform, activation_grid
 from brecq_jax.report import ActivationRecord, BlockRecord, Report, TensorRecord
 from brecq_jax.solvers import Info, Solver
@@ -37,6 +39,7 @@ def quantize(
     loss: Callable | None = None,
     memory_budget_gb: float | None = None,
     resume: str | pathlib.Path | None = None,
+    mesh: Mesh | None = None,
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Quantized:
@@ -62,6 +65,8 @@ def quantize(
         beyond it live on disk (None: all in memory).
       resume: a folder that keeps each finished block, so that the same call goes on after the last of them if it was interrupted;
         it may be removed once the model is saved. None: nothing is kept.
+      mesh: devices along its axis `data` share the cached examples and each batch: `jax.make_mesh((jax.device_count(),), ("data",))`.
+        None: one device. In a run of many processes, each calls this with the same arguments (docs/pods.md).
       key: a jax.random key; None is jax.random.key(0).
       progress: print the plan before work starts, and show progress.
 
@@ -91,7 +96,7 @@ def quantize(
     with opened(resume, lambda: _made_of(problem, solver, key)) as journal, bar(progress) as show:
         if journal and progress:
             print(f"resume: {journal.kept} finished blocks are kept in {resume}")
-        problem = dataclasses.replace(problem, show=show, journal=journal)
+        problem = dataclasses.replace(problem, show=show, journal=journal, mesh=data_mesh(mesh))
         guess, _ = solvers.nearest()(problem, guess, key)
         quantized, info = solver(problem, guess, key)
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))

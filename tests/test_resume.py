@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import brecq_jax
-from brecq_jax import __main__, solvers
+from brecq_jax import __main__, _journal, solvers
 from brecq_jax._journal import digest, locked
 from brecq_jax.formats import Uniform
 
@@ -104,6 +104,24 @@ def test_a_damaged_record_is_told_of_and_its_block_done_again(tmp_path, learned,
     with pytest.warns(UserWarning, match="00001 is damaged"):
         assert_same(quantize(tmp_path))
     assert len(learned) == 1  # those after it follow the same codes
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_description_of_the_run_is_made_anew(tmp_path, learned, damage):
+    quantize(tmp_path)
+    (tmp_path / "run").write_bytes(DAMAGES[damage]((tmp_path / "run").read_bytes()))
+    learned.clear()
+    assert_same(quantize(tmp_path))
+    assert not learned
+
+
+def test_files_that_changed_places_are_not_taken(tmp_path):
+    quantize(tmp_path)
+    for one, two in (("run", "00001"), ("00000", "00002")):
+        a, b = (tmp_path / one).read_bytes(), (tmp_path / two).read_bytes()
+        (tmp_path / one).write_bytes(b)
+        (tmp_path / two).write_bytes(a)
+    assert_same(quantize(tmp_path))
 
 
 def test_a_block_is_not_put_on_top_of_others_than_its_own(tmp_path, learned):
@@ -226,7 +244,7 @@ def test_a_full_disk_at_every_write_loses_nothing(tmp_path, monkeypatch):
             shutil.rmtree(folder)
         else:
             break
-    assert failed == n == 4 * (LAYERS + 2)  # open, fsync of the file, rename, fsync of the folder: for run.json and for each block
+    assert failed == n == 4 * (LAYERS + 2)  # open, fsync of the file, rename, fsync of the folder: for `run` and for each block
 
 
 CONFIG = """
@@ -282,7 +300,7 @@ def test_a_process_that_is_killed_goes_on_and_ends_the_same(tmp_path, kill):
 def test_the_command_line_refuses_the_workdir_of_another_interrupted_run(tmp_path, capsys):
     (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
     (tmp_path / "runs/unfinished").mkdir(parents=True)
-    (tmp_path / "runs/unfinished/run.json").write_text('{"params": "0"}')
+    (tmp_path / "runs/unfinished/run").write_bytes(_journal._sealed(b'{"params": "0"}'))
     with pytest.raises(SystemExit):
         __main__.main([f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'runs'}", "--quiet"])
     assert "unfinished has blocks of a run with other apply_fn" in capsys.readouterr().err
