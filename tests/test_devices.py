@@ -66,7 +66,7 @@ SHARED = """
     for devices in (2, 4, 8):
         codes, own_error = run(devices, "adaround", 60, 45)
         assert np.array_equal(codes, one), (devices, np.mean(codes == one))
-        np.testing.assert_allclose(own_error, error, rtol=1e-4)
+        np.testing.assert_allclose(own_error, error, rtol=0.05)  # ranges of activations are learned, too, and are no codes
     # Fast rates, many steps, and 39 examples for two devices: the codes part, the errors stay near.
     fast, fast_error = run(1, "annealed", 300, 44)
     codes, own_error = run(2, "annealed", 300, 44)
