@@ -23,11 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one config. Prints the result and returns it."""
     parser = argparse.ArgumentParser(prog="python -m brecq_jax", description=__doc__)
     parser.add_argument("--config", required=True, help="a file that defines a dataclass `Config` with `build()`")
-    parser.add_argument("--workdir", required=True, help="a folder for model/, result.json and report.html: a new one, or an interrupted run's, to go on")
+    parser.add_argument("--workdir", required=True, help="a folder for model/, result.json, report.html: new, or an interrupted run's, to go on")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     parser.add_argument("--devices", type=int, default=1, help="how many devices share each batch; 0: all of them")
-    parser.add_argument("--process", default="", help="one of many, on all their devices: I/N@HOST:PORT for process I of 0 to N-1, the same HOST:PORT "
-                        "(of process 0) for all; or `auto` on a TPU pod, under SLURM or Open MPI")  # fmt: skip
+    parser.add_argument("--process", default="", help="one of many, on all their devices: I/N@HOST:PORT for process I of 0 to N-1, "
+                        "HOST:PORT that of process 0; or `auto` on a TPU pod, under SLURM or Open MPI")  # fmt: skip
     known, overrides = parser.parse_known_args(arguments)
     keep_memory()
     try:

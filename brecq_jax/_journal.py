@@ -4,9 +4,10 @@
     run                JSON, {part: SHA-256}: what the run was made of; see `_quantize`, which says what is compared
     00000, 00001, …    one record per finished block: a line of JSON, the arrays' bytes
 
-`run` and the records begin with a SHA-256 of all that follows. A file gets its name when all of it is on the disk, so that none is ever half-written; one that was damaged later is known by
-its SHA-256, and its block is done again. Each record names what came before it (a SHA-256 over the run and the arrays of all
-blocks until there), so that a block is never put on top of others than those that it was learned on.
+`run` and the records begin with a SHA-256 of all that follows. A file gets its name when all of it is on the disk, so that none is
+ever half-written; one that was damaged later is known by its SHA-256, and its block is done again. Each record names what came
+before it (a SHA-256 over the run and the arrays of all blocks until there), so that a block is never put on top of others than
+those that it was learned on.
 """
 
 import contextlib
