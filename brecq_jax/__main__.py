@@ -1,13 +1,18 @@
-"""python -m brecq_jax --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE …]"""
+"""python -m brecq_jax --config=configs/NAME.py --workdir=DIR [--devices=N | --process=…] [--config.KEY=VALUE …]"""
 
 import argparse
 import ctypes
 import dataclasses
 import pathlib
+import re
 import runpy
 import sys
 from collections.abc import Sequence
 from typing import Any, get_type_hints
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from brecq_jax._experiment import execute
 
@@ -18,20 +23,43 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one config. Prints the result and returns it."""
     parser = argparse.ArgumentParser(prog="python -m brecq_jax", description=__doc__)
     parser.add_argument("--config", required=True, help="a file that defines a dataclass `Config` with `build()`")
-    parser.add_argument("--workdir", required=True, help="a new folder for model/, result.json and report.html")
+    parser.add_argument("--workdir", required=True, help="a folder for model/, result.json, report.html: new, or an interrupted run's, to go on")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
+    parser.add_argument("--devices", type=int, default=1, help="how many devices share each batch; 0: all of them")
+    parser.add_argument("--process", default="", help="one of many, on all their devices: I/N@HOST:PORT for process I of 0 to N-1, "
+                        "HOST:PORT that of process 0; or `auto` on a TPU pod, under SLURM or Open MPI")  # fmt: skip
     known, overrides = parser.parse_known_args(arguments)
     keep_memory()
     try:
+        mesh = make_mesh(known.devices, known.process)
         config = load_config(known.config, overrides)
         settings = {"config": known.config, **dataclasses.asdict(config)}
-        result = execute(config.build(), known.workdir, settings, progress=not known.quiet)
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        result = execute(config.build(), known.workdir, settings, progress=not known.quiet and jax.process_index() == 0, mesh=mesh)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"{type(error).__name__}: {error}\n")
     print(*(f"{name}: {value:.4g}" for name, value in result["figures"].items()), sep="\n")
     print(f"size: {result['size_mb']:.3f} MB, in float {result['float_mb']:.3f} MB")
     print(f"quantized in {result['quantize_seconds']:.0f} s; written to {known.workdir}")
     return result
+
+
+def make_mesh(devices: int, process: str) -> Mesh | None:
+    """The mesh of the command line; None for one device. Joins the other processes, where there are some.
+
+    Raises:
+      ValueError: there are not so many devices, or the process is not understood.
+    """
+    if process == "auto":
+        jax.distributed.initialize()
+    elif process:
+        if not (match := re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process)) or int(match[1]) >= int(match[2]):
+            raise ValueError(f"--process={process}: write I/N@HOST:PORT with I from 0 to N-1, as 0/2@localhost:1234, or auto.")
+        jax.distributed.initialize(match[3], int(match[2]), int(match[1]))
+    if process:
+        devices = 0
+    if not 0 <= devices <= jax.device_count():
+        raise ValueError(f"--devices={devices}: there are {jax.device_count()}. Write 0 for all of them.")
+    return None if devices == 1 else Mesh(np.array(jax.devices()[: devices or None]), ("data",))
 
 
 def keep_memory():

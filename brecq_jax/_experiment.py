@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from brecq_jax import report
+from brecq_jax._journal import locked, write_whole
 from brecq_jax._plan import Rules
 from brecq_jax._quantize import quantize
 from brecq_jax.deploy import save
@@ -34,40 +37,47 @@ class Experiment:
     seed: int = 0
 
 
-def execute(experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True) -> dict[str, Any]:
-    """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a new folder.
+def execute(
+    experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True, mesh: Mesh | None = None
+) -> dict[str, Any]:
+    """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a folder, by the first process alone.
+
+    Given the folder of a run that was interrupted, it goes on where that stopped; unfinished/ keeps the blocks until result.json is there.
 
     Raises:
-      FileExistsError: the folder holds a result already.
+      FileExistsError: the folder holds a result already, or a model that is not an interrupted run's; another process works in it.
+      ValueError: the folder holds an interrupted run of something else.
     """
     workdir = pathlib.Path(workdir)
-    for name in ("model", "result.json"):
-        if (workdir / name).exists():
-            raise FileExistsError(f"workdir: {workdir / name} exists. Give a new --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    quantized = quantize(
-        experiment.params, experiment.apply_fn, experiment.calib_ds,
-        weights=experiment.weights, activations=experiment.activations, preset=experiment.preset,
-        solver=experiment.solver, blocks=experiment.blocks, memory_budget_gb=experiment.memory_budget_gb,
-        key=jax.random.key(experiment.seed), progress=progress,
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
-    figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
-    save(workdir / "model", quantized)
-    report.write_html(quantized.report, workdir / "report.html")
-    report.block_errors(quantized.report, workdir / "block_errors.png")
-    result = {
-        "settings": settings,
-        "figures": figures,
-        "quantize_seconds": round(seconds, 2),
-        "compiled_programs": quantized.report.compiled_programs,
-        "size_mb": quantized.report.size_bits / 8e6,
-        "float_mb": quantized.report.float_bits / 8e6,
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-    # Whole or not there: a sweep takes a run with a result.json for finished.
-    (workdir / "result.json.part").write_text(json.dumps(result, indent=1))
-    (workdir / "result.json.part").rename(workdir / "result.json")
+    with locked(workdir):
+        unfinished, model, result_file = workdir / "unfinished", workdir / "model", workdir / "result.json"
+        if result_file.exists() or model.exists() and not unfinished.exists():
+            raise FileExistsError(f"workdir: {result_file if result_file.exists() else model} exists. Give a new --workdir.")
+        start = time.perf_counter()
+        quantized = quantize(
+            experiment.params, experiment.apply_fn, experiment.calib_ds,
+            weights=experiment.weights, activations=experiment.activations, preset=experiment.preset,
+            solver=experiment.solver, blocks=experiment.blocks, memory_budget_gb=experiment.memory_budget_gb,
+            resume=unfinished, mesh=mesh, key=jax.random.key(experiment.seed), progress=progress,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
+        result = {
+            "settings": settings,
+            "figures": figures,
+            "quantize_seconds": round(seconds, 2),
+            "compiled_programs": quantized.report.compiled_programs,
+            "size_mb": quantized.report.size_bits / 8e6,
+            "float_mb": quantized.report.float_bits / 8e6,
+            "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+            "jax": jax.__version__,
+        }
+        if jax.process_index() == 0:
+            shutil.rmtree(model, ignore_errors=True)  # half of one, if the run was interrupted here
+            save(model, quantized)
+            report.write_html(quantized.report, workdir / "report.html")
+            report.block_errors(quantized.report, workdir / "block_errors.png")
+            # Whole or not there: a sweep takes a run with a result.json for finished.
+            write_whole(result_file, json.dumps(result, indent=1).encode())
+            shutil.rmtree(unfinished)
     return result

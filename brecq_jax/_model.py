@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph, Weight, trace
 from brecq_jax._interpret import Block, contraction_axis, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
+from brecq_jax._journal import Journal
 from brecq_jax._plan import Plan
 from brecq_jax._qarray import QArray
 from brecq_jax.formats import Grid, Sparq, Uniform, activation_grid, fake_quantize
@@ -24,7 +26,8 @@ class Problem:
 
     `inputs`: the calibration inputs as the model takes them, examples on axis 0 of every array. `loss(outputs, key)`:
     the scalar whose gradients weigh the outputs of blocks; None: the model's own prediction (see `_calibrate.fisher`).
-    `show(done, total, text)`: progress.
+    `show(done, total, text)`: progress. `journal`: what an interrupted run of the same problem found, and where to keep more.
+    `mesh`: devices along its axis `data` share each batch of a loop.
     """
 
     apply_fn: Callable
@@ -36,6 +39,8 @@ class Problem:
     loss: Callable | None = None
     memory_budget_gb: float | None = None
     show: Callable[[int, int, str], None] = lambda done, total, text: None
+    journal: Journal | None = None
+    mesh: Mesh | None = None
 
     def graph(self, batch_size: int) -> Graph:
         """The program at a batch size."""

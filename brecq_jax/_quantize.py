@@ -1,6 +1,7 @@
 """The story: a model and a few hundred inputs go in, a quantized model comes out."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from brecq_jax import data, solvers
 from brecq_jax._blocks import partition
 from brecq_jax._graph import Graph, leaf_names
+from brecq_jax._journal import digest, opened
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
 from brecq_jax._qarray import QArray
+from brecq_jax._sharding import data_mesh
 from brecq_jax.formats import Uniform, activation_grid
 from brecq_jax.report import ActivationRecord, BlockRecord, Report, TensorRecord
 from brecq_jax.solvers import Info, Solver
@@ -34,6 +38,8 @@ def quantize(
     inputs: Any = None,
     loss: Callable | None = None,
     memory_budget_gb: float | None = None,
+    resume: str | pathlib.Path | None = None,
+    mesh: Mesh | None = None,
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Quantized:
@@ -57,6 +63,10 @@ def quantize(
       loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
       memory_budget_gb: a calibration set that holds more is refused (None: 8); the caches of blocks' inputs and targets
         beyond it live on disk (None: all in memory).
+      resume: a folder that keeps each finished block, so that the same call goes on after the last of them if it was interrupted;
+        it may be removed once the model is saved. None: nothing is kept.
+      mesh: devices along its axis `data` share the cached examples and each batch: `jax.make_mesh((jax.device_count(),), ("data",))`.
+        None: one device. In a run of many processes, each calls this with the same arguments (docs/pods.md).
       key: a jax.random key; None is jax.random.key(0).
       progress: print the plan before work starts, and show progress.
 
@@ -64,7 +74,10 @@ def quantize(
       A `Quantized`: call it, jit it, `save` it. Its `.report` says what was done and what stayed float.
 
     Raises:
-      ValueError, TypeError: bad params, calibration set (fewer than 8 examples, too), rules or program, before any work.
+      ValueError, TypeError: bad params, calibration set (fewer than 8 examples, too), rules or program, before any work;
+        `resume` has blocks of another run.
+      FileExistsError: another process works in `resume`.
+      OSError: `resume` could not be written, as on a full disk; what was kept until then is there still.
     """
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
@@ -72,17 +85,20 @@ def quantize(
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
-    graph = _read(problem)
+    solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
     _, notes = partition(graph, blocks)
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
     guess = Quantized(params, {}, Program(apply_fn, sites, plan.whole_values))
-    with bar(progress) as show:
-        problem = dataclasses.replace(problem, plan=plan, show=show)
+    problem = dataclasses.replace(problem, plan=plan)
+    with opened(resume, lambda: _made_of(problem, solver, key)) as journal, bar(progress) as show:
+        if journal and progress:
+            print(f"resume: {journal.kept} finished blocks are kept in {resume}")
+        problem = dataclasses.replace(problem, show=show, journal=journal, mesh=data_mesh(mesh))
         guess, _ = solvers.nearest()(problem, guess, key)
-        quantized, info = (solver or DEFAULT_SOLVER)(problem, guess, key)
+        quantized, info = solver(problem, guess, key)
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
 
 
@@ -110,6 +126,24 @@ def _read(problem: Problem) -> Graph:
         raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}") from error
 
 
+def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]:
+    """Digests of all that the codes depend on. Devices are left out: a run may go on on others (docs/pods.md)."""
+    inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct((min(problem.count, 32), *a.shape[1:]), a.dtype), problem.inputs)
+    plan, here = problem.plan, pathlib.Path(__file__).parent
+    return {
+        "params": digest(leaf_names(problem.params), problem.leaves),
+        "apply_fn": digest(jax.jit(problem.apply_fn).lower(problem.params, inputs).as_text()),
+        "calib_ds": digest(jax.tree.leaves(problem.inputs)),
+        "formats": digest(plan.weights, plan.activations, plan.whole_values),
+        "blocks": digest(problem.blocks),
+        "solver": digest(solver),
+        "loss": digest(problem.loss),
+        "memory_budget_gb": digest(problem.memory_budget_gb),
+        "key": digest(key),
+        "library": digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))]),
+    }
+
+
 def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, seconds: float) -> Report:
     tensors = []
     leaves = jax.tree.leaves(quantized.params, is_leaf=lambda x: isinstance(x, QArray))
@@ -130,7 +164,7 @@ def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, s
         activations.append(ActivationRecord(name, describe(format), -zero * scale, (top - zero) * scale, zero > 0))
     records = tuple(
         BlockRecord(
-            name=r["name"], ops=r["ops"], error_before=r["error_before"], error_after=r["error_after"],
+            name=r["name"], ops=tuple(r["ops"]), error_before=r["error_before"], error_after=r["error_after"],
             kept=r["kept"], steps=r["steps"], wall_seconds=r["wall_seconds"], solver=r["phase"],
         )  # fmt: skip
         for r in info

@@ -6,8 +6,8 @@ r"""Run one config at many settings, a process each, and print the results as a 
 Every combination of the `--vary` values is a trial; `a+b=1+2,3+4` varies two keys together. Trials that differ in their seed
 alone are one row: mean ± sample standard deviation. `@FILE` stands for the arguments in a file (configs/*.sweep).
 
-A trial with a result is not run again, so that an interrupted sweep goes on where it stopped; one that was stopped half-way begins
-anew. A trial that fails leaves its words in log.txt, and the others go on. Each process keeps to its share of the cores, so
+A trial with a result is not run again, so that an interrupted sweep goes on where it stopped; one that was stopped half-way goes on
+after its last finished block. A trial that fails leaves its words in log.txt, and the others go on. Each process keeps to its share of the cores, so
 that seconds with `--jobs` above 1 are those of fewer cores.
 """
 
@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -156,7 +155,6 @@ def _run(trial: Trial, cores: set[int]) -> str | None:
             return "another sweep runs it"
         if trial.result() is None:
             log.truncate(0)
-            shutil.rmtree(trial.path / "model", ignore_errors=True)  # what an interrupted run left
             with subprocess.Popen(trial.command, stdout=log, stderr=log) as process:
                 if cores:
                     os.sched_setaffinity(process.pid, cores)

@@ -21,7 +21,7 @@ from brecq_jax.__main__ import load_config, main
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "brecq_jax"
 FLOORS = [
-    {"_jaxpr", "formats", "data", "report", "models", "_progress", "_nnx"},
+    {"_jaxpr", "formats", "data", "report", "models", "_journal", "_progress", "_sharding", "_nnx"},
     {"_graph", "_qarray"},
     {"_interpret"},
     {"_blocks", "_plan", "_fast_ops"},

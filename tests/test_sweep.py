@@ -79,15 +79,16 @@ def test_a_sweep_runs_every_combination_once_and_goes_on_where_it_stopped(sweep,
     assert sweep.built() == ["3x0"]
 
 
-def test_a_trial_stopped_half_way_begins_anew(sweep):
+def test_a_trial_stopped_half_way_goes_on(sweep):
     (trial,) = trials_of(sweep, "a=1")
+    (trial.path / "unfinished").mkdir(parents=True)
     (trial.path / "model").mkdir(parents=True)
     (trial.path / "model" / "half").write_text("of a model")
     (trial.path / "result.json.part").write_text('{"settings"')
     sweep("--vary=a=1")
     assert sweep.built() == ["1x0"]
     assert trial.result()["figures"] == {"score": 10.0}
-    assert not (trial.path / "model" / "half").exists()
+    assert not (trial.path / "model" / "half").exists() and not (trial.path / "unfinished").exists()
 
 
 def test_a_trial_that_fails_is_told_of_and_the_others_finish(sweep, capsys):

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -34,6 +35,8 @@ def save(path: str | pathlib.Path, quantized: Quantized) -> None:
     """Write a model to a new folder.
 
         brecq_jax.save("runs/model", quantized)
+
+    In a run of many processes, one of them calls it, or each with a path of its own: all have the whole model.
 
     Raises:
       FileExistsError: the path exists.
@@ -135,7 +138,9 @@ def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int
 
 def _checkpointer() -> ocp.Checkpointer:
     # Uncompressed, though codes of normal weights would shrink by up to a tenth: no file asks for more memory than it has bytes.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 def _files(path: pathlib.Path) -> list[str]:

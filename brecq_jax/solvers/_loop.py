@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from brecq_jax._calibrate import run_local
 from brecq_jax._fast_ops import bfloat16_op, fast_op
 from brecq_jax._interpret import Block, Program, run
 from brecq_jax._model import dropped
 from brecq_jax._qarray import from_rows
+from brecq_jax._sharding import everywhere, here, over_examples, spread
 
 CHUNK = 100  # steps between looks at the progress bar, where the loop runs on the device
+# The same with several devices that are threads of one CPU: more steps in flight leave no thread to the one that the others wait for.
+SHARED_CPU_CHUNK = 10
 
 
 class Batch(NamedTuple):
@@ -56,25 +60,30 @@ class Static(NamedTuple):
     written: tuple  # of weights: (slot, format, shape, channel axes)
     kinds: tuple[str, ...]  # of variables
     tail: Tail | None
+    count: int  # of examples to draw from
+    mesh: Mesh | None  # whose devices share each batch
 
 
 def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callable[[int], None]) -> Iterator[Any]:
     """Yields the variables at each of `settings.checks` evenly spaced steps, the last one included.
 
-    `rows` None: `data` is on the device. Otherwise it lies on disk, and batches of `rows` are gathered on the host. What
+    `rows` None: `data` is on the devices. Otherwise it lies on disk, and batches of `rows` are gathered on the host. What
     is yielded is gone when the next is asked for: its buffers are used again.
     """
-    state = (variables, optimizer(static).init(variables))
+    mesh, on_cpu = static.mesh, jax.default_backend() == "cpu"
+    chunk = SHARED_CPU_CHUNK if mesh and on_cpu else CHUNK
+    variables, fixed, key = everywhere(mesh, (variables, fixed, key))
+    state = (variables, everywhere(mesh, optimizer(static).init(variables)))
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
     done = 0
     for stop in stops:
         while done < stop:
-            until = min(stop, done + CHUNK)
+            until = min(stop, done + chunk)
             if rows is not None:
                 for i in range(done, until):
-                    draw = rows[np.asarray(_drawn(key, i, len(rows), static.batch_size))]
-                    state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: jnp.asarray(a[d]), data), key, i)
-            elif jax.default_backend() == "cpu":  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
+                    draw = rows[np.asarray(_drawn(key, i, static.count, static.batch_size))]
+                    state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: spread(mesh, a[d]), data), key, i)
+            elif on_cpu:  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
                 for i in range(done, until):
                     state = _step(static, state, fixed, data, key, i)
             else:
@@ -82,7 +91,7 @@ def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callabl
             jax.block_until_ready(state)
             done = until
             show(done)
-        yield state[0]
+        yield here(mesh, state[0])
 
 
 def optimizer(static: Static) -> optax.GradientTransformation:
@@ -116,9 +125,10 @@ def _drawn(key, i, count: int, size: int) -> jax.Array:
 
 
 def _draw_and_update(static: Static, state, fixed, data, key, i):
-    count = jax.tree.leaves(data)[0].shape[0]
-    rows = _drawn(key, i, count, static.batch_size)
-    return _one_update(static, state, fixed, jax.tree.map(lambda a: a[rows], data), key, i)
+    rows = _drawn(key, i, static.count, static.batch_size)
+    batch = jax.tree.map(lambda a: a[rows], data)
+    batch = jax.lax.with_sharding_constraint(batch, over_examples(static.mesh)) if static.mesh else batch
+    return _one_update(static, state, fixed, batch, key, i)
 
 
 def _one_update(static: Static, state, fixed, batch: Batch, key, i):

@@ -124,18 +124,34 @@ class Walk:
             sites = [s for s in block.sites if s in current.activations and f"reads {s}" not in decided] if self.activations else []
             unit = Unit(n, block, tuple(weights), tuple(sites), targets)
             if (weights or sites) and learned_outputs(self.graph, block):
-                error = self.judge(unit, current)
-                for stage in stages:
-                    start = time.perf_counter()
-                    better = stage.better(unit, current)
-                    after = self.judge(unit, better) if better is not current else error
-                    infos.append(record(block, stage.phase, stage.steps, error, after, start))
-                    if after < error:
-                        current, error = better, after
+                current, some = self.improve_unit(unit, current, stages)
+                infos += some
             decided.update(weights, (f"reads {s}" for s in sites))
             self.exact.advance(block, targets)
             self.rough.advance(block, self.rough.outputs(block, current.values(self.graph, block), self.hooks(current)))
         return current, tuple(infos)
+
+    def improve_unit(self, unit: Unit, current: Quantized, stages: Sequence[Stage]) -> tuple[Quantized, list[dict]]:
+        """The model with this unit bettered, or with what an interrupted run found for it."""
+        journal, name = self.problem.journal, unit.block.name
+        if journal and (kept := journal.next(name, self.decided_in(unit, current))):
+            (found, grids), infos = kept
+            return current.with_weights(found, self.graph).with_activations(grids), infos
+        error, infos = self.judge(unit, current), []
+        for stage in stages:
+            start = time.perf_counter()
+            better = stage.better(unit, current)
+            after = self.judge(unit, better) if better is not current else error
+            infos.append(record(unit.block, stage.phase, stage.steps, error, after, start))
+            if after < error:
+                current, error = better, after
+        if journal:
+            journal.add(name, self.decided_in(unit, current), infos)
+        return current, infos
+
+    def decided_in(self, unit: Unit, model: Quantized) -> tuple[dict, dict]:
+        """(weights, grids of activations) of a model that this unit decides."""
+        return {w: model.weight(self.graph.weights[w]) for w in unit.weights}, {s: model.activations[s] for s in unit.sites}
 
 
 def record(block: Block, phase: str, steps: int, before: float, after: float, start: float) -> dict:

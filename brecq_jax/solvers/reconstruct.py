@@ -14,6 +14,7 @@ from brecq_jax._calibrate import learned_outputs
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import to_rows
+from brecq_jax._sharding import AXIS, spread
 from brecq_jax.solvers._loop import Batch, Static, Tail, loop, own_variables
 from brecq_jax.solvers._roundings import RectifiedSigmoid, Rounding
 from brecq_jax.solvers._solver import Info, Solver
@@ -89,6 +90,8 @@ def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, wei
     if not steps and not (weights and settings.start):
         return guess, ()
     walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher)
+    if problem.mesh and walk.batch_size % problem.mesh.shape[AXIS]:
+        raise ValueError(f"mesh: {problem.mesh.shape[AXIS]} devices cannot share batches of {walk.batch_size} evenly. Write another batch_size.")
     stages = [stage(settings.start, walk)] if weights and settings.start else []
     if steps:
         phase = "together" if weights and activations else "rounding" if weights else "steps"
@@ -129,7 +132,10 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     }  # fmt: skip
     written = tuple((slot, q.format, q.shape, q.channel_axes) for slot, q in guesses.items())
     positions = learned_outputs(walk.drawn_graph, block)
-    static = Static(block.program, settings, steps, walk.batch_size, positions, formats, whole_values, written, tuple(variables), tail)
+    static = Static(
+        block.program, settings, steps, walk.batch_size, positions, formats, whole_values, written, tuple(variables), tail,
+        len(walk.train), walk.problem.mesh,
+    )  # fmt: skip
     data, drawn = _data(settings, walk, unit, tail)
     show = functools.partial(walk.problem.show, total=steps, text=block.name)
     best, least, waited = current, math.inf, 0
@@ -143,7 +149,7 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
 
 
 def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -> tuple[Batch, np.ndarray | None]:
-    """What a loop draws batches from, of the examples that are learned from: on the device, or on disk with their rows."""
+    """What a loop draws batches from, of the examples that are learned from: on the devices, or on disk with their rows."""
     positions = learned_outputs(walk.graph, unit.block)
     importance = [] if walk.importance is None else [walk.importance[unit.number][p] for p in positions]
     dropping = settings.drop_prob and walk.activations
@@ -153,7 +159,7 @@ def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -
     )  # fmt: skip
     if walk.memory.spilled:
         return data, walk.train
-    return jax.tree.map(lambda a: jnp.asarray(a[walk.train]), data), None
+    return jax.tree.map(lambda a: spread(walk.problem.mesh, a[walk.train]), data), None
 
 
 def _tail(settings: Reconstruction, walk: Walk, unit: Unit) -> Tail | None:

@@ -1,0 +1,113 @@
+"""Batches that many devices share give what one device gives: forced CPU devices, and two processes on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import _sharding
+from brecq_jax.__main__ import make_mesh
+
+CONFIG = """
+    import dataclasses
+    import jax
+    import numpy as np
+    from brecq_jax import Experiment, solvers
+    from brecq_jax.formats import Uniform
+
+    def apply_fn(params, x):
+        for kernel in params["kernels"]:
+            x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+        return x.mean((1, 2)) @ params["head"]
+
+    @dataclasses.dataclass
+    class Config:
+        method: str = "adaround"
+        num_steps: int = 60
+        count: int = 45  # 40 of them to learn from
+
+        def build(self):
+            *keys, key_inputs = jax.random.split(jax.random.key(0), 4)
+            params = {"kernels": [jax.random.normal(k, (3, 3, 4, 4)) / 4 for k in keys[:2]], "head": jax.random.normal(keys[2], (4, 3))}
+            inputs = np.asarray(jax.random.normal(key_inputs, (self.count, 5, 5, 4)))
+            settings = dict(num_steps=self.num_steps, act_steps=self.num_steps, batch_size=8)
+            return Experiment(
+                params, apply_fn, inputs, lambda exact, quantized: {"error": float(((exact(inputs) - quantized(inputs)) ** 2).mean())},
+                weights=Uniform(3), activations=Uniform(8), solver=solvers.by_name(self.method, **settings), blocks="layer",
+            )
+"""
+
+
+SHARED = """
+    import sys
+    import jax
+    import numpy as np
+    import brecq_jax
+    from brecq_jax.__main__ import load_config
+
+    def run(devices, method, num_steps, count):
+        made = load_config(sys.argv[1], [f"--config.method={method}", f"--config.num_steps={num_steps}", f"--config.count={count}"]).build()
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        quantized = brecq_jax.quantize(
+            made.params, made.apply_fn, made.calib_ds, weights=made.weights, activations=made.activations, solver=made.solver,
+            blocks=made.blocks, mesh=mesh, progress=False,
+        )
+        leaves = jax.tree.leaves(quantized.params, is_leaf=lambda x: isinstance(x, brecq_jax.QArray))
+        return np.concatenate([np.ravel(x.codes) for x in leaves]), made.evaluate(lambda x: made.apply_fn(made.params, x), quantized)["error"]
+
+    one, error = run(1, "adaround", 60, 45)
+    for devices in (2, 4, 8):
+        codes, own_error = run(devices, "adaround", 60, 45)
+        assert np.array_equal(codes, one), (devices, np.mean(codes == one))
+        np.testing.assert_allclose(own_error, error, rtol=0.05)  # ranges of activations are learned, too, and are no codes
+    # Fast rates, many steps, and 39 examples for two devices: the codes part, the errors stay near.
+    fast, fast_error = run(1, "annealed", 300, 44)
+    codes, own_error = run(2, "annealed", 300, 44)
+    assert np.abs(codes.astype(int) - fast).max() <= 1 and own_error < 1.5 * fast_error, (own_error, fast_error)
+"""
+
+
+def test_one_two_four_and_eight_devices_give_the_same_codes_and_do_not_stall(tmp_path):
+    (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(SHARED), str(tmp_path / "config.py")], env=environment, check=True)
+
+
+def test_two_processes_give_the_codes_of_one(tmp_path):
+    """Over gloo on the loopback."""
+    (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
+    words = [sys.executable, "-m", "brecq_jax", f"--config={tmp_path / 'config.py'}", "--quiet", "--config.num_steps=20"]
+    subprocess.run([*words, f"--workdir={tmp_path / 'one'}"], check=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        at = f"localhost:{free.getsockname()[1]}"
+    pair = [subprocess.Popen([*words, f"--workdir={tmp_path / 'two'}", f"--process={i}/2@{at}"]) for i in range(2)]
+    assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    one, two = (jax.tree.leaves(brecq_jax.restore(tmp_path / name / "model", None).params) for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4) if jnp.issubdtype(a.dtype, jnp.floating) else np.testing.assert_array_equal(a, b)
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_examples_that_cannot_be_shared_evenly_are_filled_up():
+    mesh = _sharding.data_mesh(jax.make_mesh((1,), ("data",)))
+    np.testing.assert_array_equal(_sharding.spread(mesh, np.arange(3)), np.arange(3))
+    key = jax.random.key(1)
+    assert jax.random.key_data(_sharding.everywhere(mesh, key)).tolist() == jax.random.key_data(key).tolist()
+
+
+def test_what_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="Call one 'data'"):
+        _sharding.data_mesh(jax.make_mesh((1,), ("batch",)))
+    with pytest.raises(ValueError, match="--devices=9"):
+        make_mesh(9, "")
+    for words in ("2/2@localhost:1", "0/2", "somewhere"):
+        with pytest.raises(ValueError, match="write I/N@HOST:PORT"):
+            make_mesh(1, words)
