@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 WEIGHTED = ("dot_general", "conv_general_dilated", "gather")
@@ -93,7 +94,8 @@ class _Builder:
         env.update(zip(closed.jaxpr.invars, inputs, strict=True))
 
         def read(atom) -> int:
-            return self.constant(jnp.asarray(atom.val, atom.aval.dtype)) if _is_literal(atom) else env[atom]
+            # NumPy's: inside a caller's jit, jnp would make a tracer of that trace, and a program outlives it.
+            return self.constant(np.asarray(atom.val, atom.aval.dtype)) if _is_literal(atom) else env[atom]
 
         for eqn in closed.jaxpr.eqns:
             name, body = eqn.primitive.name, _call_body(eqn)

@@ -3,8 +3,8 @@
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models._safetensors import read_safetensors
 from brecq_jax.models._torch_files import read_torch
-from brecq_jax.models.architectures import ARCHITECTURES, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
-from brecq_jax.models.bert import Bert
+from brecq_jax.models.architectures import ARCHITECTURES, ENCODERS, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
+from brecq_jax.models.bert import Bert, SentenceEncoder
 from brecq_jax.models.digits import DigitsNet, train_digits
 from brecq_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite
 from brecq_jax.models.mnasnet import MNasNet
@@ -19,6 +19,7 @@ __all__ = [
     "Architecture",
     "Bert",
     "DigitsNet",
+    "ENCODERS",
     "EfficientNetLite",
     "MNasNet",
     "MobileNetV2",
@@ -26,6 +27,7 @@ __all__ = [
     "RegNet",
     "ResNet",
     "ResNetCifar",
+    "SentenceEncoder",
     "ViT",
     "efficientnet_lite",
     "load_efficientnet_lite0",
