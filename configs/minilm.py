@@ -7,7 +7,7 @@ r"""MiniLM, a BERT of six layers whose embeddings find sentences: how many neare
 file that `data.rated_sentences` reads, and says where there is one. docs/results.md holds the measured figures.
 
 `agreement`: of the sentences that are scored, how many have the same nearest neighbour among the others, all embedded by the quantized
-model, as with the float model. Calibration sentences are others, long ones, cut at `length`: padding would be learned as if it counted.
+model, as with the float model. Calibration sentences are others that are at least so long as `length`: padding would be learned as if it counted.
 """
 
 import dataclasses
@@ -18,8 +18,6 @@ import numpy as np
 
 from brecq_jax import Experiment, data, models, solvers
 from brecq_jax.formats import PerToken, RowUniform, Uniform
-
-LONGEST = 64  # tokens of a sentence that is scored
 
 
 @dataclasses.dataclass
@@ -34,7 +32,7 @@ class Config:
     method: str = "annealed"  # a name that `solvers.by_name` knows
     num_steps: int = 100
     calibration: int = 128
-    length: int = 32
+    length: int = 32  # tokens; longer sentences are cut
     evaluation: int = 1000
     blocks: str = "block"
     seed: int = 0
@@ -46,8 +44,8 @@ class Config:
         model, variables = models.load_pretrained("minilm_l6", folder / "model.safetensors")
         sentences, _ = data.rated_sentences(self.sentences)
         order = np.random.default_rng(0).permutation(len(sentences))
-        scored = data.tokenized([sentences[i] for i in order[: self.evaluation]], folder / "tokenizer.json", LONGEST)
-        others = data.tokenized([sentences[i] for i in order[self.evaluation :]], folder / "tokenizer.json", self.length)
+        tokens = data.tokenized([sentences[i] for i in order], folder / "tokenizer.json", self.length)
+        scored, others = ({k: a[rows] for k, a in tokens.items()} for rows in (slice(self.evaluation), slice(self.evaluation, None)))
         longest = np.argsort(-others["attention_mask"].sum(1), kind="stable")[: self.calibration]
 
         def evaluate(float_apply, quantized_apply):

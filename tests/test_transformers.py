@@ -121,13 +121,17 @@ def unrolled(variables):
     return apply_fn, {k: v for k, v in params.items() if k != "layers"} | layers
 
 
-@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor", 8])
-def test_scanned_and_unrolled_layers_get_the_same_codes(decoder, granularity):
+@pytest.mark.parametrize(
+    ("granularity", "solver"),
+    [("per_channel", solvers.annealed(num_steps=20)), ("per_tensor", solvers.nearest()), (8, solvers.second_order())],
+    ids=["learned", "per tensor", "groups"],
+)
+def test_scanned_and_unrolled_layers_get_the_same_codes(decoder, granularity, solver):
     model, variables, ids = decoder
     apply_fn, params = unrolled(variables)
     np.testing.assert_allclose(apply_fn(params, ids), model.apply(variables, ids), atol=1e-5)
     weights = {"token/.*": Uniform(8), ".*": Uniform(3, granularity=granularity)}
-    settings = dict(weights=weights, solver=solvers.annealed(num_steps=20), progress=False)
+    settings = dict(weights=weights, solver=solver, progress=False)
     stacked = brecq_jax.quantize(variables, model.apply, ids, **settings).params["params"]
     single = brecq_jax.quantize(params, apply_fn, ids, **settings).params
     np.testing.assert_array_equal(stacked["token"]["embedding"].codes, single["token"]["embedding"].codes)
@@ -151,7 +155,7 @@ def test_a_stack_with_one_scale_for_each_slice_is_saved_and_decoded(decoder, tmp
 def test_a_decoder_learns_the_text(decoder):
     text = "the quick brown fox jumps over the lazy dog. " * 40
     small = models.Decoder(positions=16, features=16, depth=2, heads=2, mlp_features=32)
-    trained = models.train_decoder(text, small, num_steps=60, batch_size=16)
+    trained = models.train_decoder(text, small, num_steps=200, batch_size=16)
     surprise = models.surprise(trained.model.apply(trained.variables, trained.test), trained.test)
     assert surprise.shape == (len(trained.test), 15)
     assert float(jnp.mean(surprise)) < 2.5  # of log(256) = 5.5

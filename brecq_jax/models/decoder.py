@@ -34,11 +34,11 @@ class Decoder(nn.Module):
     """
 
     vocabulary: int = 256
-    positions: int = 128
-    features: int = 128
+    positions: int = 64
+    features: int = 64
     depth: int = 4
     heads: int = 4
-    mlp_features: int = 512
+    mlp_features: int = 256
 
     @nn.compact
     def __call__(self, ids):
@@ -60,7 +60,7 @@ class TrainedDecoder(NamedTuple):
     test: np.ndarray
 
 
-def train_decoder(text: str, model: Decoder = Decoder(), num_steps: int = 1_000, batch_size: int = 32, seed: int = 0) -> TrainedDecoder:
+def train_decoder(text: str, model: Decoder = Decoder(), num_steps: int = 1_000, batch_size: int = 16, seed: int = 0) -> TrainedDecoder:
     """A decoder of the bytes of a text, trained on its first nine tenths.
 
     Raises:
