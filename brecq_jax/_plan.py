@@ -176,9 +176,7 @@ def _for_activation(format: Format | Sparq | PerToken | None, name: str, graph: 
     if format is None:
         return None
     if isinstance(format, PerToken):
-        convolutions = [op.name for op in graph.ops if op.site == name and op.kind == "conv"]
-        if convolutions:
-            raise ValueError(f"activations: {name} is given {format}, and the convolution {convolutions[0]} reads no tokens. Write Uniform({format.bits}).")
+        _check_tokens(graph, name, format)
         return format
     if isinstance(format, Sparq):
         if format.pairs:
@@ -189,6 +187,21 @@ def _for_activation(format: Format | Sparq | PerToken | None, name: str, graph: 
             f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits}), PerToken({format.bits}) or Sparq(4)."
         )
     return dataclasses.replace(format, granularity="per_tensor")
+
+
+def _check_tokens(graph: Graph, name: str, format: PerToken):
+    """Raise ValueError if an op that reads this value is a convolution, or sums over what groups do not divide."""
+    for op in graph.ops:
+        if op.site != name or op.kind == "embed":
+            continue
+        if op.kind == "conv":
+            raise ValueError(f"activations: {name} is given {format}, and the convolution {op.name} reads no tokens. Write Uniform({format.bits}).")
+        shape = graph.flat.types[op.data].shape
+        elements = shape[contraction_axis(op, graph.flat.steps[op.step])[0]]
+        try:
+            format.check((math.prod(shape) // elements, elements))
+        except ValueError as error:
+            raise ValueError(f"activations: {name} is given {format}: {error}") from None
 
 
 def _check_pairs(graph: Graph, name: str):
@@ -252,7 +265,7 @@ def describe(format: Format | Sparq | PerToken | None) -> str:
     if isinstance(format, Multipoint):
         return f"{format.bits} bit, up to {format.points} points"
     if isinstance(format, PerToken):
-        return f"{format.bits} bit per token"
+        return f"{format.bits} bit per token" + (f", groups of {format.group_size}" if format.group_size else "")
     if isinstance(format, Sparq):
         return f"8 bit, read by {format.window}" + (" in pairs" if format.pairs else "")
     if not isinstance(format, Uniform):

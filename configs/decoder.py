@@ -18,7 +18,7 @@ from brecq_jax.formats import PerToken, Uniform
 @dataclasses.dataclass
 class Config:
     weight_bits: int = 4
-    group_size: int = 0  # 0: a scale for each output channel
+    group_size: int = 0  # of weights, and of activations per token; 0: a scale for each output channel, and for each token
     table_bits: int = 8  # of the embeddings, which are the head, too
     act_bits: int = 8  # 0: float
     per_token: bool = True
@@ -41,7 +41,7 @@ class Config:
 
             return {"float_perplexity": perplexity(float_apply), "quantized_perplexity": perplexity(quantized_apply)}
 
-        activations = PerToken(self.act_bits) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
+        activations = PerToken(self.act_bits, self.group_size or None) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
         return Experiment(
             trained.variables,
             trained.model.apply,

@@ -25,7 +25,7 @@ class Config:
     weights: str = ""
     sentences: str = ""
     weight_bits: int = 4
-    group_size: int = 64  # 0: a scale for each output channel
+    group_size: int = 64  # of weights, and of activations per token; 0: a scale for each output channel, and for each token
     table_bits: int = 8  # of the word embeddings
     act_bits: int = 8  # 0: float
     per_token: bool = True  # ranges of activations are found for each token; False: calibrated, one for all
@@ -54,7 +54,7 @@ class Config:
             same = nearest(exact) == nearest(rough)
             return {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min()), "agreement": 100 * float(same.mean())}
 
-        activations = PerToken(self.act_bits) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
+        activations = PerToken(self.act_bits, self.group_size or None) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
         return Experiment(
             variables,
             model.apply,

@@ -52,7 +52,7 @@ def test_attention_and_mlp_halves_are_the_blocks(encoder):
     assert dict(graph.skipped)["4 matrix products of two values"]
 
 
-@pytest.mark.parametrize("activations", [None, Uniform(8), PerToken(8)], ids=str)
+@pytest.mark.parametrize("activations", [None, Uniform(8), PerToken(8), PerToken(8, group_size=16)], ids=str)
 @pytest.mark.parametrize("granularity", ["per_channel", 16])
 def test_an_encoder_is_quantized_with_its_masks(encoder, granularity, activations):
     quantized = quantize(*encoder, weights=Uniform(8, granularity=granularity), activations=activations)
@@ -89,6 +89,8 @@ def test_ranges_of_tokens_are_not_for_weights_convolutions_or_integers(encoder, 
     with pytest.raises(ValueError, match="reads no tokens"):
         quantize(digits.model, digits.variables, digits.train_images[:64], activations=PerToken(8))
     model, variables, tokens = encoder
+    with pytest.raises(ValueError, match="the group size 5 does not divide the 32"):
+        quantize(*encoder, activations=PerToken(8, group_size=5))
     rules = {".*/fc./.*": Uniform(8), ".*": PerToken(8)}
     integer = deploy.to_integer(quantize(model, variables, tokens, weights=Uniform(8), activations=rules), tokens)
     assert "range for each token" in dict(integer.kept_float)["blocks_0/attn/out/kernel"]

@@ -25,6 +25,13 @@ def test_the_axes_are_those_that_an_op_sums_over():
     assert not np.allclose(both, PerToken(4).fake_quantize(X, (2,)))
 
 
+def test_groups_are_tokens_of_their_own():
+    grouped = PerToken(4, group_size=4).fake_quantize(X, (2,))
+    np.testing.assert_array_equal(grouped, PerToken(4).fake_quantize(X.reshape(3, 5, 2, 4), (3,)).reshape(X.shape))
+    columns = PerToken(4, group_size=4).fake_quantize(jnp.swapaxes(X, 1, 2), (1,))
+    np.testing.assert_array_equal(columns, jnp.swapaxes(grouped, 1, 2))
+
+
 def test_a_token_of_zeros_stays_zero_and_gradients_pass():
     assert not jnp.any(PerToken().fake_quantize(jnp.zeros((2, 4)), (1,)))
     gradient = jax.grad(lambda x: PerToken(8).fake_quantize(x, (1,)).sum())(jnp.array([[-1.0, 0.3, 0.5, 1.0]]))
@@ -32,9 +39,12 @@ def test_a_token_of_zeros_stays_zero_and_gradients_pass():
 
 
 def test_it_is_written_and_read():
-    assert from_record(to_record(PerToken(4))) == PerToken(4)
+    for format in (PerToken(4), PerToken(8, 64)):
+        assert from_record(to_record(format)) == format
 
 
 def test_bits_that_there_are_not_are_refused():
     with pytest.raises(ValueError, match="from 2 to 8"):
         PerToken(9)
+    with pytest.raises(ValueError, match="group size"):
+        PerToken(8, group_size=0)
