@@ -204,7 +204,7 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
 def quantize_hooks(
     block: Block, formats: Mapping[str, Activation], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
 ) -> dict:
-    """Hooks of `run` that quantize activations: whole values, or what ops read of them. What `Sparq` re-codes and `PerToken` rounds, ops alone read so.
+    """Hooks of `run` that quantize activations: whole values, or what ops read of them. `Sparq` and `PerToken` change what ops alone read.
 
     `drop` (probability, key): each element stays float with this probability, as QDrop learns.
     """

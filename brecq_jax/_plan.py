@@ -195,7 +195,9 @@ def _check_tokens(graph: Graph, name: str, format: PerToken):
         if op.site != name or op.kind == "embed":
             continue
         if op.kind == "conv":
-            raise ValueError(f"activations: {name} is given {format}, and the convolution {op.name} reads no tokens. Write Uniform({format.bits}).")
+            raise ValueError(
+                f"activations: {name} is given {format}, and the convolution {op.name} reads no tokens. Write Uniform({format.bits})."
+            )
         shape = graph.flat.types[op.data].shape
         elements = shape[contraction_axis(op, graph.flat.steps[op.step])[0]]
         try:

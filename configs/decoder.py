@@ -41,7 +41,9 @@ class Config:
 
             return {"float_perplexity": perplexity(float_apply), "quantized_perplexity": perplexity(quantized_apply)}
 
-        activations = PerToken(self.act_bits, self.group_size or None) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
+        activations = None
+        if self.act_bits:
+            activations = PerToken(self.act_bits, self.group_size or None) if self.per_token else Uniform(self.act_bits)
         return Experiment(
             trained.variables,
             trained.model.apply,

@@ -39,7 +39,7 @@ class Config:
 
     def build(self) -> Experiment:
         if not self.weights or not self.sentences:
-            raise ValueError("Give --config.weights=FOLDER with model.safetensors and tokenizer.json, and --config.sentences=FILE of rated sentences.")
+            raise ValueError("Give --config.weights=FOLDER with model.safetensors and tokenizer.json, and --config.sentences=FILE.")
         folder = pathlib.Path(self.weights)
         model, variables = models.load_pretrained("minilm_l6", folder / "model.safetensors")
         sentences, _ = data.rated_sentences(self.sentences)
@@ -54,7 +54,9 @@ class Config:
             same = nearest(exact) == nearest(rough)
             return {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min()), "agreement": 100 * float(same.mean())}
 
-        activations = PerToken(self.act_bits, self.group_size or None) if self.per_token and self.act_bits else Uniform(self.act_bits) if self.act_bits else None
+        activations = None
+        if self.act_bits:
+            activations = PerToken(self.act_bits, self.group_size or None) if self.per_token else Uniform(self.act_bits)
         return Experiment(
             variables,
             model.apply,

@@ -205,7 +205,8 @@ def _check_same(part: Any, first: Any, where: str, where_first: str):
     here, there = ([(a.shape[1:], a.dtype.name) for a in jax.tree.leaves(p)] for p in (part, first))
     if here != there:
         is_text = isinstance(part, Mapping) and "input_ids" in part
-        way_out = " Pad them: data.padded(batches)." if is_text else " Resize or pad them: inputs=lambda e: …" if where.startswith("example") else ""
+        images = " Resize or pad them: inputs=lambda e: …" if where.startswith("example") else ""
+        way_out = " Pad them: data.padded(batches)." if is_text else images
         raise ValueError(f"calib_ds: {where} has examples of {_shapes(part)}, {where_first} of {_shapes(first)}. Make them the same.{way_out}")
 
 
