@@ -15,7 +15,8 @@ from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._model import Problem, quantize_hooks
-from brecq_jax.formats import Grid, Uniform
+from brecq_jax._plan import Activation
+from brecq_jax.formats import Grid, PerToken
 
 SAMPLES_PER_BATCH = 16_384  # of each activation, evenly strided: what ranges are fitted to
 OBSERVED_EXAMPLES = 256
@@ -90,12 +91,13 @@ class Stream:
 class Hooks:
     """Activation quantization of a block as arguments of a compiled function: formats static, grids arrays."""
 
-    def __init__(self, formats: Mapping[str, Uniform | None], grids: Mapping[str, Grid], whole_values: bool):
+    def __init__(self, formats: Mapping[str, Activation | None], grids: Mapping[str, Grid], whole_values: bool):
         self.formats, self.grids, self.whole_values = formats, grids, whole_values
 
     def of(self, block: Block) -> tuple[tuple, dict[int, Grid], bool]:
-        known = {s: n for s, n in enumerate(block.sites) if n in self.grids and self.formats.get(n)}
-        return tuple((s, self.formats[n]) for s, n in known.items()), {s: self.grids[n] for s, n in known.items()}, self.whole_values
+        grids = {s: self.grids[n] for s, n in enumerate(block.sites) if n in self.grids and self.formats.get(n)}
+        run = {s: self.formats.get(n) for s, n in enumerate(block.sites) if s in grids or isinstance(self.formats.get(n), PerToken)}
+        return tuple(run.items()), grids, self.whole_values
 
 
 def forward(block: Block, inputs, params, hooks: Hooks | None = None) -> tuple[jax.Array, ...]:

@@ -124,6 +124,7 @@ class _Reader:
         self.weights: dict[str, Weight] = {}
         self.skipped: dict[str, str] = {}
         self.captured: list[str] = []
+        self.products = 0  # of two values
         params, inputs = flat.inputs[: len(leaves)], flat.inputs[len(leaves) :]
         self.origins = {ident: (leaf, ()) for leaf, ident in enumerate(params)}
         self.roots: dict[int, frozenset[int]] = {i: frozenset((i,)) for i in params}
@@ -155,6 +156,8 @@ class _Reader:
                 return True
             return False
         operands = [step.operand(p) for p in (0, 1)]
+        if step.primitive == "dot_general" and self.data.issuperset(operands):
+            self.products += 1
         for weight_position in (0, 1) if step.primitive == "dot_general" else ((1,) if "conv" in step.primitive else (0,)):
             weight, data = operands[weight_position], operands[1 - weight_position]
             if weight in self.data or data not in self.data:
@@ -294,6 +297,8 @@ class _Reader:
         for leaf, (name, shape) in enumerate(self.leaves):
             if len(shape) >= 2 and leaf not in used and name not in self.skipped:
                 self.skipped[name] = "no matrix product, convolution or lookup reads it"
+        if self.products:
+            self.skipped[f"{self.products} matrix products of two values"] = "neither operand is a weight (queries and keys, say)"
         for what in self.captured:
             self.skipped[what] = "it is captured by the function, not one of its parameters"
         return tuple((n, why) for n, why in self.skipped.items() if n not in self.weights)

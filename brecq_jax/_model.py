@@ -15,9 +15,9 @@ from brecq_jax._graph import Graph, Weight, trace
 from brecq_jax._interpret import Block, contraction_axis, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._journal import Journal
-from brecq_jax._plan import Plan
+from brecq_jax._plan import Activation, Plan
 from brecq_jax._qarray import QArray
-from brecq_jax.formats import Grid, Sparq, Uniform, activation_grid, fake_quantize
+from brecq_jax.formats import Grid, PerToken, Sparq, activation_grid, fake_quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Program:
     """What a Quantized needs beside its arrays. Compared without the report, which no computation reads."""
 
     apply_fn: Callable
-    sites: tuple[tuple[str, Uniform | Sparq], ...]
+    sites: tuple[tuple[str, Activation], ...]
     whole_values: bool
     report: Any = dataclasses.field(default=None, compare=False)
 
@@ -207,9 +207,9 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
 
 
 def quantize_hooks(
-    block: Block, formats: Mapping[str, Uniform | Sparq], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
+    block: Block, formats: Mapping[str, Activation], grids: Mapping[str, Grid], whole_values: bool, drop: tuple[float, jax.Array] | None = None
 ) -> dict:
-    """Hooks of `run` that quantize activations: whole values, or what ops read of them. What `Sparq` re-codes, ops alone read so.
+    """Hooks of `run` that quantize activations: whole values, or what ops read of them. `Sparq` and `PerToken` change what ops alone read.
 
     `drop` (probability, key): each element stays float with this probability, as QDrop learns.
     """
@@ -226,11 +226,14 @@ def quantize_hooks(
 
     def recoded(number: int, x):
         op, x = block.program.ops[number], hooks["on_input"](number, x)
-        name = block.sites[op.site] if op.site >= 0 else None
-        if not isinstance(formats.get(name), Sparq) or name not in grids:
+        name, step = block.sites[op.site] if op.site >= 0 else None, block.program.steps[op.step][0]
+        format = formats.get(name)
+        if isinstance(format, PerToken):
+            read = format.fake_quantize(x, step.params["dimension_numbers"][0][op.data_position])
+        elif isinstance(format, Sparq) and name in grids:
+            read = format.fake_recode(x, jnp.squeeze(grids[name].scale), contraction_axis(op, step)[0])
+        else:
             return x
-        axis, _ = contraction_axis(op, block.program.steps[op.step][0])
-        read = formats[name].fake_recode(x, jnp.squeeze(grids[name].scale), axis)
         # the same key: what stayed float there stays float here
         return read if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], op.site), x, read)
 

@@ -14,12 +14,13 @@ import rich.table
 
 from brecq_jax._graph import Graph, Op, Weight
 from brecq_jax._interpret import contraction_axis
-from brecq_jax.formats import Format, Multipoint, Sparq, Uniform
+from brecq_jax.formats import Format, Multipoint, PerToken, Sparq, Uniform
 
 PRESETS = ("brecq", "uniform")
 EDGE_BITS = 8  # of the first and last layer, under a preset
 
-Rules = Format | Sparq | None | Mapping[str, Format | Sparq | None]
+Activation = Uniform | Sparq | PerToken
+Rules = Format | Sparq | PerToken | None | Mapping[str, Format | Sparq | PerToken | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Plan:
     """
 
     weights: Mapping[str, Format | None]
-    activations: Mapping[str, Uniform | Sparq | None]
+    activations: Mapping[str, Activation | None]
     whole_values: bool
     preset: str | None
     rows: tuple[tuple[str, ...], ...]  # the table: op, shape, weight format, true bits, activation format, remarks
@@ -91,7 +92,7 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
             format = dataclasses.replace(format, bits=EDGE_BITS)
         chosen_w[name] = _for_weight(format, weight)
     after_first = _fed_by_first(graph)
-    chosen_a: dict[str, Uniform | Sparq | None] = {}
+    chosen_a: dict[str, Activation | None] = {}
     for name, op in sites.items():
         format, ruled = by_rule_a[name]
         if preset and not ruled and format is not None:
@@ -127,7 +128,7 @@ class _Null:
 
 def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format | None, bool]]:
     """name -> (format, whether a rule named it)."""
-    if rules is None or isinstance(rules, (Format, Sparq)):
+    if rules is None or isinstance(rules, (Format, Sparq, PerToken)):
         return {name: (rules, False) for name in names}
     if not isinstance(rules, Mapping):
         raise TypeError(
@@ -140,7 +141,7 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
         used.add(pattern)
         found[name] = (rules.get(pattern), pattern is not None)
     for pattern, format in rules.items():
-        if format is not None and not isinstance(format, (Format, Sparq)):
+        if format is not None and not isinstance(format, (Format, Sparq, PerToken)):
             raise TypeError(f"{what}: the rule {pattern!r} gives {format!r}. Write a format, as Uniform(4), or None.")
         if pattern not in used:
             shadowed = any(re.fullmatch(pattern, name) for name in names)
@@ -153,13 +154,13 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
     return found
 
 
-def _at_edge(format: Uniform | Sparq) -> Uniform:
+def _at_edge(format: Activation) -> Uniform | PerToken:
     return Uniform(EDGE_BITS, ranges=format.ranges) if isinstance(format, Sparq) else dataclasses.replace(format, bits=EDGE_BITS)
 
 
-def _for_weight(format: Format | Sparq | None, weight) -> Format | None:
-    if isinstance(format, Sparq):
-        raise ValueError(f"weights: {weight.name} is given {format}. Sparq re-codes what ops read: write activations={format}.")
+def _for_weight(format: Format | Sparq | PerToken | None, weight) -> Format | None:
+    if isinstance(format, (Sparq, PerToken)):
+        raise ValueError(f"weights: {weight.name} is given {format}, which is for what ops read: write activations={format}.")
     if isinstance(format, Uniform) and format.granularity is None:
         format = dataclasses.replace(format, granularity="per_channel")
     if format is not None:
@@ -171,18 +172,38 @@ def _for_weight(format: Format | Sparq | None, weight) -> Format | None:
     return format
 
 
-def _for_activation(format: Format | Sparq | None, name: str, graph: Graph) -> Uniform | Sparq | None:
+def _for_activation(format: Format | Sparq | PerToken | None, name: str, graph: Graph) -> Activation | None:
     if format is None:
         return None
+    if isinstance(format, PerToken):
+        _check_tokens(graph, name, format)
+        return format
     if isinstance(format, Sparq):
         if format.pairs:
             _check_pairs(graph, name)
         return format
     if not isinstance(format, Uniform) or format.granularity not in (None, "per_tensor"):
         raise ValueError(
-            f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits}) or Sparq(4)."
+            f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits}), PerToken({format.bits}) or Sparq(4)."
         )
     return dataclasses.replace(format, granularity="per_tensor")
+
+
+def _check_tokens(graph: Graph, name: str, format: PerToken):
+    """Raise ValueError if an op that reads this value is a convolution, or sums over what groups do not divide."""
+    for op in graph.ops:
+        if op.site != name or op.kind == "embed":
+            continue
+        if op.kind == "conv":
+            raise ValueError(
+                f"activations: {name} is given {format}, and the convolution {op.name} reads no tokens. Write Uniform({format.bits})."
+            )
+        shape = graph.flat.types[op.data].shape
+        elements = shape[contraction_axis(op, graph.flat.steps[op.step])[0]]
+        try:
+            format.check((math.prod(shape) // elements, elements))
+        except ValueError as error:
+            raise ValueError(f"activations: {name} is given {format}: {error}") from None
 
 
 def _check_pairs(graph: Graph, name: str):
@@ -221,7 +242,7 @@ def _check_slices(graph: Graph, chosen):
             )
 
 
-def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | Sparq | None, sizes: dict[str, int]) -> tuple[str, ...]:
+def _row(graph: Graph, op: Op, format: Format | None, activation: Activation | None, sizes: dict[str, int]) -> tuple[str, ...]:
     weight = graph.weights[op.weight]
     remark = []
     if op.weight in sizes:
@@ -239,12 +260,14 @@ def _row(graph: Graph, op: Op, format: Format | None, activation: Uniform | Spar
     )  # fmt: skip
 
 
-def describe(format: Format | Sparq | None) -> str:
+def describe(format: Format | Sparq | PerToken | None) -> str:
     """`4 bit per_channel`, as a table shows a format."""
     if format is None:
         return "float"
     if isinstance(format, Multipoint):
         return f"{format.bits} bit, up to {format.points} points"
+    if isinstance(format, PerToken):
+        return f"{format.bits} bit per token" + (f", groups of {format.group_size}" if format.group_size else "")
     if isinstance(format, Sparq):
         return f"8 bit, read by {format.window}" + (" in pairs" if format.pairs else "")
     if not isinstance(format, Uniform):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from brecq_jax.formats import Format
+from brecq_jax.formats import Format, Grid
 
 
 @functools.partial(
@@ -46,7 +46,10 @@ class QArray:
 
     def decode(self) -> Float[Array, "..."]:
         """The float array: original shape and dtype."""
-        rows = self.format.decode(to_rows(self.codes, self.channel_axes), self.grid)
+        codes, grid = to_rows(self.codes, self.channel_axes), self.grid
+        if isinstance(grid, Grid) and 1 < grid.scale.shape[0] < codes.shape[0]:  # a stack whose slices have one grid each
+            grid = jax.tree.map(lambda g: jnp.repeat(g, codes.shape[0] // g.shape[0], 0), grid)
+        rows = self.format.decode(codes, grid)
         return from_rows(rows, self.shape, self.channel_axes).astype(self.dtype)
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 import brecq_jax
@@ -83,12 +84,14 @@ def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
 
 
 SMALL = {
+    "decoder": ["--config.train_steps=3", "--config.num_steps=2", "--config.calibration=16"],
     "digits_w4a8": ["--config.num_steps=5"],
     "digits_multipoint_sparq": ["--config.calibration=16", "--config.points=2"],
     "digits_lapq": ["--config.iterations=1", "--config.calibration=32", "--config.method=lapq+adaround", "--config.num_steps=5"],
     "embeddings": ["--config.num_steps=20"],
     "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
     "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
+    "minilm": ["--config.num_steps=2", "--config.calibration=16", "--config.evaluation=8", "--config.length=8", "--config.group_size=16"],
     "mixed_precision": ["--config.base=digits_w4a8 --config.num_steps=5", "--config.act_choices=4,8", "--config.examples=32", "--config.bops=2e7"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
 }
@@ -101,6 +104,8 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
         overrides += made_up_cifar(tmp_path, monkeypatch)
     if path.stem == "imagenet":
         overrides += made_up_imagenet(tmp_path, monkeypatch)
+    if path.stem == "minilm":
+        overrides += made_up_minilm(tmp_path, monkeypatch)
     result = main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--quiet", *overrides])
     assert result["figures"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html", "block_errors.png"}
@@ -121,6 +126,21 @@ def made_up_cifar(folder, monkeypatch) -> list[str]:
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     monkeypatch.setattr(brecq_jax.models, "load_resnet_cifar", lambda path, depth: (model, variables))
     return ["--config.weights=made-up", f"--config.data={folder}"]
+
+
+def made_up_minilm(folder, monkeypatch) -> list[str]:
+    """Random sentences of a few words, and a small encoder with random weights."""
+    draw = np.random.default_rng(0)
+    rules = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"word{n}": n for n in range(20)}, unk_token="word0"))
+    rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    rules.save(str(folder / "tokenizer.json"))
+    lines = [f"{n}\t0.5\t" + " ".join(f"word{i}" for i in draw.integers(0, 20, 3 + n % 6)) for n in range(30)]
+    (folder / "sentences.txt").write_text("\n".join(lines))
+    model = brecq_jax.models.SentenceEncoder(vocabulary=20, positions=8, features=16, depth=1, heads=2, mlp_features=32)
+    tokens = dict.fromkeys(("input_ids", "attention_mask"), np.ones((1, 8), np.int32))
+    variables = model.init(jax.random.key(0), tokens)
+    monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables))
+    return [f"--config.weights={folder}", f"--config.sentences={folder / 'sentences.txt'}"]
 
 
 def made_up_imagenet(folder, monkeypatch) -> list[str]:

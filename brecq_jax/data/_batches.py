@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from brecq_jax.data.text import TOKEN_KEYS
+
 IMAGE_KEYS = ("image", "inputs", "x")  # taken from a dict without being asked
 DATA_SOURCE = ("__getitems__", "dataset_info", "dataset_builder")  # what only sources of single examples have
 GB = 1e9
@@ -47,7 +49,7 @@ def materialize(
         `as_numpy_iterator`; TensorFlow is never imported), a tfds data source, a grain dataset or loader. No tuple:
         (x, y) and (batch, batch) look alike.
       inputs: which part of an element the model takes: a key, an index, or a function of the element. Arrays,
-        (x, y) and dicts with "image", "inputs" or "x" need nothing.
+        (x, y) and dicts with "image", "inputs" or "x" need nothing; of dicts with "input_ids" all that is tokens is taken.
       budget_gb: refuse a set that holds more; an endless one is refused when it has given that much.
       min_examples: refuse a set that holds fewer.
 
@@ -159,6 +161,8 @@ def _select(element: Any, inputs: str | int | Callable | None, where: str) -> An
             has = f"a dict with {sorted(map(str, element))}" if isinstance(element, Mapping) else f"a {type(element).__name__}"
             raise TypeError(f"inputs={inputs!r}: {where} has no such part. It is {has}.") from error
     if isinstance(element, Mapping):
+        if "input_ids" in element:
+            return {key: element[key] for key in TOKEN_KEYS if key in element}
         for key in IMAGE_KEYS:
             if key in element:
                 return element[key]
@@ -200,7 +204,9 @@ def _check_same(part: Any, first: Any, where: str, where_first: str):
         raise ValueError(f"calib_ds: {where} is {_outline(part)}, {where_first} is {_outline(first)}. Make them the same.")
     here, there = ([(a.shape[1:], a.dtype.name) for a in jax.tree.leaves(p)] for p in (part, first))
     if here != there:
-        way_out = " Resize or pad them: inputs=lambda e: …" if where.startswith("example") else ""
+        is_text = isinstance(part, Mapping) and "input_ids" in part
+        images = " Resize or pad them: inputs=lambda e: …" if where.startswith("example") else ""
+        way_out = " Pad them: data.padded(batches)." if is_text else images
         raise ValueError(f"calib_ds: {where} has examples of {_shapes(part)}, {where_first} of {_shapes(first)}. Make them the same.{way_out}")
 
 

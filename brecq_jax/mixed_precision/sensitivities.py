@@ -111,6 +111,9 @@ def measure(
         bits = [choice.bits for choice in choices]
         if sorted(bits) != bits or (kind == "weights" and not bits):
             raise ValueError(f"{kind}: the choices have {bits} bits. Write them fewest bits first, as (Uniform(2), Uniform(4)).")
+    for choice in activations:
+        if not isinstance(choice, Uniform):
+            raise ValueError(f"activations: {choice} has no grid that could be measured. Write Uniform(8).")
     key_solver, key_fisher = jax.random.split(jax.random.key(0) if key is None else key)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs)

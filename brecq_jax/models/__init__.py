@@ -3,8 +3,9 @@
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models._safetensors import read_safetensors
 from brecq_jax.models._torch_files import read_torch
-from brecq_jax.models.architectures import ARCHITECTURES, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
-from brecq_jax.models.bert import Bert
+from brecq_jax.models.architectures import ARCHITECTURES, ENCODERS, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
+from brecq_jax.models.bert import Bert, SentenceEncoder
+from brecq_jax.models.decoder import Decoder, TrainedDecoder, surprise, train_decoder
 from brecq_jax.models.digits import DigitsNet, train_digits
 from brecq_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite
 from brecq_jax.models.mnasnet import MNasNet
@@ -18,7 +19,9 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Bert",
+    "Decoder",
     "DigitsNet",
+    "ENCODERS",
     "EfficientNetLite",
     "MNasNet",
     "MobileNetV2",
@@ -26,6 +29,8 @@ __all__ = [
     "RegNet",
     "ResNet",
     "ResNetCifar",
+    "SentenceEncoder",
+    "TrainedDecoder",
     "ViT",
     "efficientnet_lite",
     "load_efficientnet_lite0",
@@ -40,5 +45,7 @@ __all__ = [
     "resnet34",
     "resnet50",
     "resnet101",
+    "surprise",
+    "train_decoder",
     "train_digits",
 ]

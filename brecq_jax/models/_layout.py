@@ -16,10 +16,12 @@ LEAVES = {
     ("params", "scale", 1): ("weight", (0,)),
     ("params", "class_token", 3): ("class_token", (0, 1, 2)),
     ("params", "position", 3): ("position", (0, 1, 2)),
+    ("params", "embedding", 2): ("weight", (0, 1)),
     ("batch_stats", "mean", 1): ("running_mean", (0,)),
     ("batch_stats", "var", 1): ("running_var", (0,)),
 }
-IGNORED = "num_batches_tracked"
+# BERT's pooler feeds a classifier that was trained with it; embeddings are made without.
+IGNORED = ("num_batches_tracked", "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 
 # (regular expression, replacement) pairs, applied in order to a path such as `layer1_0/conv1/weight`: the Flax modules,
 # then what the tensor is called there. The slashes that are left become dots.

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from brecq_jax.models import efficientnet_lite, mnasnet, mobilenet_v2, regnet, resnet, resnet_cifar, vit
+from brecq_jax.models import bert, efficientnet_lite, mnasnet, mobilenet_v2, regnet, resnet, resnet_cifar, vit
 from brecq_jax.models._layout import Naming, from_torch
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models._safetensors import read_safetensors
@@ -63,10 +63,11 @@ ARCHITECTURES = {
     "vit_s16": _vit(384, 6),
     "vit_b16": _vit(768, 12),
 }
+ENCODERS = {"minilm_l6": functools.partial(bert.SentenceEncoder, 30_522, 512, 2, 384, 6, 12, 1536)}
 
 
 def load_pretrained(name: str, path: str | pathlib.Path) -> tuple[nn.Module, Any]:
-    """A network of ARCHITECTURES with the weights of a checkpoint: (model, variables).
+    """A network of ARCHITECTURES or ENCODERS with the weights of a checkpoint: (model, variables).
 
     Args:
       path: a file that `read_torch` takes, or a `.safetensors` one.
@@ -75,13 +76,17 @@ def load_pretrained(name: str, path: str | pathlib.Path) -> tuple[nn.Module, Any
       FileNotFoundError: no such file.
       ValueError: an unknown name, a damaged checkpoint, or one of another model (its tensors are told).
     """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"load_pretrained: no network {name!r}: write one of {', '.join(ARCHITECTURES)}.")
-    architecture = ARCHITECTURES[name]
+    if name in ENCODERS:
+        model, namings = ENCODERS[name](), bert.NAMINGS
+        example = dict.fromkeys(("input_ids", "attention_mask"), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    elif name in ARCHITECTURES:
+        architecture = ARCHITECTURES[name]
+        model, namings, side = architecture.build(), architecture.namings, architecture.preprocessing.size
+        example = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    else:
+        raise ValueError(f"load_pretrained: no network {name!r}: write one of {', '.join([*ARCHITECTURES, *ENCODERS])}.")
     tensors = read_safetensors(path) if pathlib.Path(path).suffix == ".safetensors" else read_torch(path)
-    model, side = architecture.build(), architecture.preprocessing.size
-    abstract = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
-    return model, from_torch(tensors, abstract, architecture.namings, f"{path} as {name}")
+    return model, from_torch(tensors, jax.eval_shape(model.init, jax.random.key(0), example), namings, f"{path} as {name}")
 
 
 def load_efficientnet_lite0(path: str | pathlib.Path | None = None) -> tuple[nn.Module, Any]:

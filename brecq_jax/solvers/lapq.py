@@ -204,9 +204,9 @@ class _Search:
             if site in self.grids and site not in tensors:
                 tensors.append(site)
         if formats:
-            names = [block.sites[site] for site, _ in formats]
-            samples = observe(problem, problem.leaves, BATCH, names)
-            self.rows |= {("reads", site): (f, jnp.asarray(samples[block.sites[site]])[None]) for site, f in formats}
+            fitted = {site: f for site, f in formats if ("reads", site) in self.grids}
+            samples = observe(problem, problem.leaves, BATCH, [block.sites[site] for site in fitted])
+            self.rows |= {("reads", site): (f, jnp.asarray(samples[block.sites[site]])[None]) for site, f in fitted.items()}
         self.net = _Net(
             block.program, self.error, formats, whole_values, tuple(written), tuple(tensors), self.settings.correct_means
         )  # fmt: skip
@@ -277,5 +277,5 @@ class _Search:
             self.names[slot]: _nearest(self.params[slot], format, axes, grids["weight", slot], self.settings.correct_means)
             for slot, format, axes in self.net.written
         }
-        sites = {self.block.sites[site]: grids["reads", site] for site, _ in self.net.formats}
+        sites = {self.block.sites[site]: grid for (kind, site), grid in grids.items() if kind == "reads"}
         return self.guess.with_weights(weights, self.graph).with_activations(sites)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from brecq_jax._calibrate import observe
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import quantize_array
-from brecq_jax.formats import Grid
+from brecq_jax.formats import Grid, PerToken
 from brecq_jax.solvers._solver import Info, Solver
 
 BATCH = 32
@@ -38,7 +38,7 @@ def round_weights(problem: Problem, guess: Quantized) -> Quantized:
 
 def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] | None = None) -> Quantized:
     """Every planned activation's grid, fitted to the values seen with the guess's weights, or with those in `leaves`."""
-    formats = {name: f for name, f in problem.plan.activations.items() if f is not None}
+    formats = {name: f for name, f in problem.plan.activations.items() if f is not None and not isinstance(f, PerToken)}
     if not formats:
         return guess
     leaves = jax.tree.leaves(guess.dequantized()) if leaves is None else leaves

@@ -67,7 +67,7 @@ def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
 
     def solve(problem: Problem, guess: Quantized, key: jax.Array) -> tuple[Quantized, Info]:
         keys = jax.random.split(key)
-        if guess.activations and settings.together:
+        if any(problem.plan.activations.values()) and settings.together:
             # what is learned stays near the float outputs; with weights merely rounded, ranges may be anything
             guess = fit_activations(problem, guess, problem.leaves) if settings.refit else guess
             return _walk(settings, problem, guess, keys[0], True, True)
