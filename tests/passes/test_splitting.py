@@ -132,14 +132,14 @@ def test_what_is_not_ternary_is_refused():
 
 @pytest.mark.parametrize("granularity", REFERENCE)
 def test_whatever_the_skew_halves_are_exact_or_refused(granularity):
-    """Random rows, some of one sign and with long tails, with ties, zeros and few elements."""
+    """Random rows, with long tails and small ones of one sign, with ties, zeros and few elements."""
     exact = refused = 0
     for seed in range(40):
-        keys = jax.random.split(jax.random.key(seed), 4)
+        keys = jax.random.split(jax.random.key(seed), 3)
         elements = int(jax.random.randint(keys[0], (), 1, 40))
         weight = jax.random.normal(keys[1], (3, elements)) ** (1 + 2 * (seed % 3))
-        weight = jnp.where(jax.random.bernoulli(keys[2], 0.25 * (seed % 5)), jnp.abs(weight), weight)
-        weight = jnp.where(jax.random.bernoulli(keys[3], 0.1 * (seed % 4), weight.shape), 0.0, jnp.round(weight, 1 + seed % 2))
+        weight = jnp.where(jnp.abs(weight) < seed % 4 / 2, jnp.abs(weight), weight)
+        weight = jnp.where(jax.random.bernoulli(keys[2], 0.1 * (seed % 4), weight.shape), 0.0, jnp.round(weight, 1 + seed % 2))
         params, quantized = ternary(weight, granularity)
         try:
             halves = passes.split_weights(params, quantized)["kernel"]
@@ -151,4 +151,4 @@ def test_whatever_the_skew_halves_are_exact_or_refused(granularity):
         fuzz = 1e-6 * float(jnp.abs(weight).max())
         np.testing.assert_allclose(binary, quantized.dequantized()["kernel"], atol=fuzz)
         np.testing.assert_allclose(halves.sum(0), weight, atol=fuzz)
-    assert exact > 5 and refused > 5
+    assert exact > 5 and refused > 1
