@@ -184,6 +184,16 @@ def binary_grid(*scales: Float[Array, "#channels 1"]) -> BinaryGrid:
     return BinaryGrid(scale[..., None].astype(jnp.float32), ratio[..., None].astype(jnp.float32))
 
 
+def sum_of_halves(
+    format: Binary, first: Float[Array, "channels elements"], second: Float[Array, "channels elements"]
+) -> tuple[UInt8[Array, "channels elements"], BinaryGrid]:
+    """Codes and grid of two latent weights, each binarized by its own mean: the larger scale is the first point's."""
+    scales = [_mean(format, jnp.abs(half)) for half in (first, second)]
+    swapped = scales[0] < scales[1]
+    signs = [jnp.where(swapped, b >= 0, a >= 0).astype(jnp.uint8) for a, b in ((first, second), (second, first))]
+    return 2 * signs[0] + signs[1], binary_grid(*scales)
+
+
 def _mean(format: Ternary | Binary, rows: Float[Array, "channels elements"]) -> Float[Array, "#channels 1"]:
     return jnp.mean(rows, None if format.granularity == "per_tensor" else 1, keepdims=True)
 

@@ -10,17 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int
 
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
 from brecq_jax.formats import Binary, Ternary
 from brecq_jax.formats.binary import BinaryGrid
-
-
-class SplitError(ValueError):
-    """Latent weights of which no two halves have the magnitudes that splitting needs; says which, and why."""
+from brecq_jax.formats.splitting import SplitError, split_rows
 
 
 def split_ternary(quantized: Quantized) -> Quantized:
@@ -45,7 +41,7 @@ def split_weights(params: Any, quantized: Quantized) -> Any:
       params: the latent parameters whose ternary codes `quantized` holds.
 
     Raises:
-      SplitError: halves do not exist (see `split_rows`), or the codes are those of other parameters.
+      SplitError: halves do not exist (see `formats.splitting`), or the codes are those of other parameters.
       ValueError: no weight is ternary, or params of another structure.
     """
     leaves, tree = jax.tree.flatten(quantized.params, is_leaf=_is_qarray)
@@ -57,48 +53,6 @@ def split_weights(params: Any, quantized: Quantized) -> Any:
     return jax.tree.unflatten(tree, halves)
 
 
-def split_rows(
-    rows: Float64[np.ndarray, "channels elements"], levels: Int[np.ndarray, "channels elements"]
-) -> tuple[Float64[np.ndarray, "channels elements"], Float64[np.ndarray, "channels elements"]]:
-    """(w₁, w₂) with w₁ + w₂ = w and sign(w₁) mean|w₁| + sign(w₂) mean|w₂| = α · level, α the mean of |w| where level is not 0.
-
-    With I where level ≠ 0, J where it is 0 and w > 0, K where it is 0 and w ≤ 0, n elements, S sums of |w|:
-
-        w₁ = a·w in I, w + b in J, b in K          a = (S_I + S_K − S_J) / 2 S_I
-        w₂ = (1 − a)·w in I, −b in J, w − b in K   b = (n·α − S) / 2(|J| + |K|)
-
-    Rows are split each for itself. A row without zeros is halved: a = ½, b is not used.
-    Source: Bai et al. 2021 (BinaryBERT), section 3.1, https://arxiv.org/abs/2012.15701, where a must make mean|w₁| = mean|w₂|: a
-    is derived from that here, with the signs of the released code.
-
-    Raises:
-      SplitError: a row is all zeros (α is 0 / 0); the weights that became zero lie so far to one side that a is not in (0, 1),
-        where one half of I has the wrong sign; a level is not the sign of its weight; or a weight is not finite.
-    """
-    size, kept, positive = np.abs(rows), levels != 0, rows > 0
-    if not np.isfinite(rows).all():
-        raise SplitError("there are weights that are not finite. Check the training.")
-    if np.any(kept & (np.sign(rows) != levels)):
-        raise SplitError("its codes are not the signs of these weights. Pass the latent parameters that were quantized last.")
-    total, zeros = (np.where(kept, size, 0).sum(1, keepdims=True), (~kept).sum(1, keepdims=True))
-    if np.any(total == 0):
-        row = int(np.flatnonzero(total[:, 0] == 0)[0])
-        raise SplitError(f'row {row} of {len(rows)} is all zeros. Keep this weight float, or write granularity="per_tensor".')
-    above, below = (np.where(side & ~kept, size, 0).sum(1, keepdims=True) for side in (positive, ~positive))
-    a = (total + below - above) / (2 * total)
-    if np.any((a <= 0) | (a >= 1)):
-        row = int(np.flatnonzero((a[:, 0] <= 0) | (a[:, 0] >= 1))[0])
-        raise SplitError(
-            f"row {row} of {len(rows)}: what became zero lies on one side of it, {float(np.maximum(above, below)[row, 0]):.3g} in all, and what did not is "
-            f"{float(total[row, 0]):.3g} (a = {float(a[row, 0]):.3g}, and not in (0, 1)).\n"
-            '  Train it longer as ternary, keep it ternary, or write granularity="per_tensor".'
-        )
-    alpha = total / (rows.shape[1] - zeros)
-    b = (rows.shape[1] * alpha - size.sum(1, keepdims=True)) / (2 * np.maximum(zeros, 1))
-    first = np.where(kept, a * rows, np.where(positive, rows + b, b))
-    return first, np.where(kept, (1 - a) * rows, np.where(positive, -b, rows - b))
-
-
 def _halved(array: QArray) -> QArray:
     """Codes 0, 1, 2 become −−, +−, ++."""
     half = array.grid.scale / 2
@@ -107,15 +61,12 @@ def _halved(array: QArray) -> QArray:
 
 
 def _latent_halves(name: str, array: QArray, latent: jax.Array) -> jax.Array:
-    rows = np.asarray(to_rows(latent, array.channel_axes), np.float64)
-    levels = np.asarray(to_rows(array.codes, array.channel_axes), np.int64) - 1
-    pooled = (1, -1) if array.format.granularity == "per_tensor" else rows.shape
+    rows, codes = (np.asarray(to_rows(a, array.channel_axes)) for a in (latent, array.codes))
     try:
-        halves = split_rows(rows.reshape(pooled), levels.reshape(pooled))
+        halves = split_rows(array.format, rows, codes)
     except SplitError as error:
         raise SplitError(f"split_weights: {name} {tuple(array.shape)}: {error}") from None
-    whole = [from_rows(jnp.asarray(half.reshape(rows.shape), latent.dtype), array.shape, array.channel_axes) for half in halves]
-    return jnp.stack(whole)
+    return jnp.stack([from_rows(jnp.asarray(half, latent.dtype), array.shape, array.channel_axes) for half in halves])
 
 
 def _check_ternary(function: str, leaves) -> None:

@@ -15,7 +15,7 @@ from brecq_jax._model import Program
 from brecq_jax._qarray import quantize_array
 from brecq_jax.formats import Binary, Ternary, Uniform
 from brecq_jax.models.bert import Bert
-from brecq_jax.passes.splitting import split_rows
+from brecq_jax.formats.splitting import split_rows
 
 WEIGHT = np.array([[0.13, -0.13, 0.64, 0.1, -0.54, 0.36, 1.3, 0.95], [-0.7, -1.27, -0.62, 0.04, -2.33, -0.22, -1.25, -0.73]], np.float32)
 WEIGHT = np.concatenate([WEIGHT, np.array([[-0.54, -0.32, 0.41, 1.04, -0.13, 1.37, -0.67, 0.35]], np.float32)])
@@ -59,7 +59,7 @@ def test_halves_add_up_and_binarized_they_add_up_to_the_ternary_weight(granulari
 def test_in_float64_halves_are_exact():
     rows = np.asarray(jax.random.normal(jax.random.key(1), (16, 200)), np.float64)
     levels = (np.sign(rows) * (np.abs(rows) > 0.7 * np.abs(rows).mean(1, keepdims=True))).astype(int)
-    first, second = split_rows(rows, levels)
+    first, second = split_rows(Ternary(), rows, levels + 1)
     alpha = (np.abs(rows) * (levels != 0)).sum(1, keepdims=True) / (levels != 0).sum(1, keepdims=True)
     binary = sum(np.sign(half) * np.abs(half).mean(1, keepdims=True) for half in (first, second))
     np.testing.assert_allclose(binary, alpha * levels, atol=1e-14)
