@@ -102,7 +102,10 @@ def test_the_gradient_passes_the_rounding_unchanged():
     for format in (Ternary("per_tensor"), Binary(), Uniform(2)):
         plan = tuple(_student.Written(w, format) for w in graph.weights.values())
         weigh = jax.tree.map(lambda a: jax.random.normal(jax.random.key(a.size), a.shape), params)
-        gradient = jax.grad(lambda latents, plan=plan: sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), _student.seen(plan, latents), weigh))))(params)
+        def weighed(latents, plan=plan, weigh=weigh):
+            return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), _student.seen(plan, latents), weigh)))
+
+        gradient = jax.grad(weighed)(params)
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), gradient, weigh)
 
 

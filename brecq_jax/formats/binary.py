@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Num, UInt8
 from brecq_jax.formats._format import ScalarFormat
 from brecq_jax.formats.uniform import SCALE_FLOOR
 
-THRESHOLD = 0.7  # of mean|w|: what is smaller becomes zero. TWN, eq. 6
+THRESHOLD = 0.7  # of mean|w|: what is smaller becomes zero. TWN
 
 Granularity = Literal["per_tensor", "per_channel"]
 
@@ -38,7 +38,8 @@ class Ternary(ScalarFormat):
 
     scale is the mean of |w| over what is not zero. The threshold is close to scale / 2, where rounding to the nearest point
     would put it, and not the same: this is the one format of ours whose `encode` is not the nearest point.
-    Source: Li et al. 2016 (TWN), eq. 3, 5 and 6, https://arxiv.org/abs/1605.04711
+    Source: Li et al. 2016 (TWN), https://arxiv.org/abs/1605.04711, as in BinaryBERT's released code
+    (https://github.com/huawei-noah/Pretrained-Language-Model at 0598f02, transformer/utils_quant.py, TwnQuantizer).
 
         >>> rows = jnp.array([[-1.0, 0.1, 0.0, 3.0]])
         >>> format = Ternary()
@@ -102,8 +103,8 @@ class Binary(ScalarFormat):
     One point is BWN: a = mean|w|, s = sign(w). A second one does the same for what the first left over. This is `Multipoint` at
     one bit, with all signs in one code, `points` bits long: code 2 · [s_1 > 0] + [s_2 > 0], a_1 ≥ a_2, so that codes ascend with
     their points. `passes.split_ternary` writes ternary weights so, where a_1 = a_2. The sign of zero is +.
-    Source: Rastegari et al. 2016 (BWN), eq. 3 to 6, https://arxiv.org/abs/1603.05279; two points: Bai et al. 2021 (BinaryBERT),
-    section 3.1, https://arxiv.org/abs/2012.15701
+    Source: Rastegari et al. 2016 (BWN), https://arxiv.org/abs/1603.05279, as in BinaryBERT's released code (BwnQuantizer, beside
+    TwnQuantizer); two points: Bai et al. 2021 (BinaryBERT), https://arxiv.org/abs/2012.15701
 
         >>> rows = jnp.array([[-1.0, 1.0, -3.0, 3.0]])
         >>> format = Binary(points=2)

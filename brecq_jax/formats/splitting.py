@@ -13,16 +13,16 @@ class SplitError(ValueError):
 def split_rows(
     format: Ternary, rows: Num[np.ndarray, "channels elements"], codes: Num[np.ndarray, "channels elements"]
 ) -> tuple[Float64[np.ndarray, "channels elements"], Float64[np.ndarray, "channels elements"]]:
-    """(w₁, w₂) with w₁ + w₂ = w and sign(w₁) mean|w₁| + sign(w₂) mean|w₂| = α · level, level = code − 1, α the mean of |w| where level is not 0.
+    """(w₁, w₂) with w₁ + w₂ = w and sign(w₁) mean|w₁| + sign(w₂) mean|w₂| = α · level, level = code − 1.
 
-    With I where level ≠ 0, J where it is 0 and w > 0, K where it is 0 and w ≤ 0, n elements, S sums of |w|:
+    α is the mean of |w| where level is not 0. With I where level ≠ 0, J where it is 0 and w > 0, K where it is 0 and w ≤ 0, n elements, S sums of |w|:
 
         w₁ = a·w in I, w + b in J, b in K          a = (S_I + S_K − S_J) / 2 S_I
         w₂ = (1 − a)·w in I, −b in J, w − b in K   b = (n·α − S) / 2(|J| + |K|)
 
     Rows are split each for itself, or all of them as one where the format is per tensor. A row without zeros is halved: a = ½, b is not used.
-    Source: Bai et al. 2021 (BinaryBERT), section 3.1, https://arxiv.org/abs/2012.15701, where a must make mean|w₁| = mean|w₂|: a
-    is derived from that here, with the signs of the released code. Computed in float64.
+    Source: Bai et al. 2021 (BinaryBERT), https://arxiv.org/abs/2012.15701, as in its released code (transformer/binary_model_init.py,
+    tws_split, at 0598f02): a is what makes mean|w₁| = mean|w₂|. That code refuses nothing. Computed in float64.
 
     Raises:
       SplitError: a row is all zeros (α is 0 / 0); the weights that became zero lie so far to one side that a is not in (0, 1),

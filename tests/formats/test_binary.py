@@ -88,13 +88,19 @@ def test_storage_is_what_codes_and_scales_take():
         assert format.storage_bits(codes, jax.eval_shape(format.fit, jax.ShapeDtypeStruct((6, 40), jnp.float32))) == bits
 
 
-@pytest.mark.parametrize(("kind", "arguments"), [(Binary, dict(points=3)), (Binary, dict(points=True)), (Binary, dict(granularity=8)), (Ternary, dict(granularity="row"))])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(Binary, dict(points=3)), (Binary, dict(points=True)), (Binary, dict(granularity=8)), (Ternary, dict(granularity="row"))],
+)
 def test_what_cannot_be_meant_is_refused(kind, arguments):
     with pytest.raises(Exception, match="write|granularity"):
         kind(**arguments)
 
 
-@pytest.mark.parametrize(("format", "words"), [(Ternary("per_tensor"), "ternary per_tensor"), (Binary(), "binary per_channel"), (Binary(2), "two binary points per_channel")])
+@pytest.mark.parametrize(
+    ("format", "words"),
+    [(Ternary("per_tensor"), "ternary per_tensor"), (Binary(), "binary per_channel"), (Binary(2), "two binary points per_channel")],
+)
 def test_the_plan_names_it_and_a_preset_keeps_first_and_last_layer_at_eight_bits(format, words):
     params = {f"w{i}": jax.random.normal(jax.random.key(i), (8, 8)) for i in range(3)}
 
