@@ -14,7 +14,7 @@ import rich.table
 
 from brecq_jax._graph import Graph, Op, Weight
 from brecq_jax._interpret import contraction_axis
-from brecq_jax.formats import Format, Multipoint, PerToken, Sparq, Uniform
+from brecq_jax.formats import Binary, Format, Multipoint, PerToken, Sparq, Ternary, Uniform
 
 PRESETS = ("brecq", "uniform")
 EDGE_BITS = 8  # of the first and last layer, under a preset
@@ -89,7 +89,7 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     for name, weight in graph.weights.items():
         format, ruled = by_rule_w[name]
         if preset and not ruled and name in (first.weight, last.weight) and format is not None:
-            format = dataclasses.replace(format, bits=EDGE_BITS)
+            format = _at_edge(format)
         chosen_w[name] = _for_weight(format, weight)
     after_first = _fed_by_first(graph)
     chosen_a: dict[str, Activation | None] = {}
@@ -154,7 +154,9 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
     return found
 
 
-def _at_edge(format: Activation) -> Uniform | PerToken:
+def _at_edge(format: Format | Activation) -> Format | PerToken:
+    if isinstance(format, (Ternary, Binary)):  # bits are not a setting of theirs
+        return Uniform(EDGE_BITS, granularity=format.granularity)
     return Uniform(EDGE_BITS, ranges=format.ranges) if isinstance(format, Sparq) else dataclasses.replace(format, bits=EDGE_BITS)
 
 
@@ -268,6 +270,9 @@ def describe(format: Format | Sparq | PerToken | None) -> str:
         return f"{format.bits} bit, up to {format.points} points"
     if isinstance(format, PerToken):
         return f"{format.bits} bit per token" + (f", groups of {format.group_size}" if format.group_size else "")
+    if isinstance(format, (Ternary, Binary)):
+        kind = "ternary" if isinstance(format, Ternary) else "binary" if format.points == 1 else "two binary points"
+        return f"{kind} {format.granularity}"
     if isinstance(format, Sparq):
         return f"8 bit, read by {format.window}" + (" in pairs" if format.pairs else "")
     if not isinstance(format, Uniform):

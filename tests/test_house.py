@@ -18,6 +18,7 @@ from PIL import Image
 import brecq_jax
 from brecq_jax import sweep
 from brecq_jax.__main__ import load_config, main
+from brecq_jax.models.bert import Bert
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "brecq_jax"
@@ -85,6 +86,7 @@ def test_python_in_the_docs_runs_as_pasted(path, tmp_path, monkeypatch):
 
 SMALL = {
     "decoder": ["--config.train_steps=3", "--config.num_steps=2", "--config.calibration=16"],
+    "binarybert": ["--config.num_steps=2", "--config.finetune_steps=2", "--config.layers=1", "--config.test=8", "--config.batch_size=4"],
     "digits_w4a8": ["--config.num_steps=5"],
     "digits_multipoint_sparq": ["--config.calibration=16", "--config.points=2"],
     "digits_lapq": ["--config.iterations=1", "--config.calibration=32", "--config.method=lapq+adaround", "--config.num_steps=5"],
@@ -106,6 +108,8 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
         overrides += made_up_imagenet(tmp_path, monkeypatch)
     if path.stem == "minilm":
         overrides += made_up_minilm(tmp_path, monkeypatch)
+    if path.stem == "binarybert":
+        overrides += made_up_reviews(monkeypatch)
     result = main([f"--config={path}", f"--workdir={tmp_path / 'run'}", "--quiet", *overrides])
     assert result["figures"]
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html", "block_errors.png"}
@@ -141,6 +145,18 @@ def made_up_minilm(folder, monkeypatch) -> list[str]:
     variables = model.init(jax.random.key(0), tokens)
     monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables))
     return [f"--config.weights={folder}", f"--config.sentences={folder / 'sentences.txt'}"]
+
+
+def made_up_reviews(monkeypatch) -> list[str]:
+    """Random tokens and ratings, and a small encoder with random weights."""
+    draw = np.random.default_rng(0)
+    tokens = {"input_ids": draw.integers(1, 50, (40, 6), np.int32), "attention_mask": np.ones((40, 6), np.int32)}
+    model = Bert(vocabulary=50, positions=8, features=16, depth=2, heads=2, mlp_features=24)
+    variables = model.init(jax.random.key(0), tokens["input_ids"], types=np.zeros((40, 6), np.int32))
+    monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables), raising=False)
+    monkeypatch.setattr(brecq_jax.data, "rated_sentences", lambda path: ([""] * 40, draw.normal(size=40)), raising=False)
+    monkeypatch.setattr(brecq_jax.data, "tokenized", lambda sentences, path, length: tokens, raising=False)
+    return ["--config.model=made-up", "--config.sentences=made-up"]
 
 
 def made_up_imagenet(folder, monkeypatch) -> list[str]:

@@ -6,8 +6,9 @@ from brecq_jax.deploy.integer import Integer, to_integer
 from brecq_jax.deploy.packing import pack, unpack
 from brecq_jax.deploy.safetensors import restore_safetensors, save_safetensors
 from brecq_jax.deploy.tables import PackedTable, embedding_bag, lookup, pack_table, packed
+from brecq_jax.deploy.training import TrainingFolder
 
 __all__ = [
-    "Integer", "PackedTable", "embedding_bag", "export", "lookup", "pack", "pack_table", "packed", "restore", "restore_safetensors", "save",
+    "Integer", "PackedTable", "TrainingFolder", "embedding_bag", "export", "lookup", "pack", "pack_table", "packed", "restore", "restore_safetensors", "save",
     "save_safetensors", "to_integer", "unpack",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from brecq_jax.formats._format import Format, Grid, ScalarFormat
 from brecq_jax.formats.affine import Affine, mean_corrected
+from brecq_jax.formats.binary import Binary, Ternary
 from brecq_jax.formats.codebooks import ClusterCodebook, RowCodebook
 from brecq_jax.formats.multipoint import Multipoint
 from brecq_jax.formats.per_token import PerToken
@@ -10,6 +11,6 @@ from brecq_jax.formats.sparq import Sparq, activation_grid
 from brecq_jax.formats.uniform import LpRange, MinMax, Uniform, fake_quantize
 
 __all__ = [
-    "Affine", "ClusterCodebook", "Format", "GreedyRange", "Grid", "LpRange", "MinMax", "Multipoint", "PerToken", "RowCodebook", "RowUniform", "ScalarFormat", "Sparq",
-    "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
+    "Affine", "Binary", "ClusterCodebook", "Format", "GreedyRange", "Grid", "LpRange", "MinMax", "Multipoint", "PerToken", "RowCodebook", "RowUniform",
+    "ScalarFormat", "Sparq", "Ternary", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
 ]  # fmt: skip

@@ -25,7 +25,7 @@ class Grid(NamedTuple):
 
 
 class Format(abc.ABC):
-    """A way to write rows as codes. decode(encode(rows, grid), grid) is the point of the grid nearest to rows.
+    """A way to write rows as codes. decode(encode(rows, grid), grid) is the point of the grid nearest to rows (but for `Ternary`).
 
     Formats are frozen, hashable dataclasses without arrays: static under `jit`, equal when their settings are.
     """

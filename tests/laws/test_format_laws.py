@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from brecq_jax.deploy import pack, unpack
-from brecq_jax.formats import Affine, ClusterCodebook, GreedyRange, LpRange, MinMax, Multipoint, RowCodebook, RowUniform, ScalarFormat, Uniform
+from brecq_jax.formats import (
+    Affine, Binary, ClusterCodebook, GreedyRange, LpRange, MinMax, Multipoint, RowCodebook, RowUniform, ScalarFormat, Ternary, Uniform,
+)  # fmt: skip
 
 FORMATS = [
     Uniform(2),
@@ -27,6 +29,12 @@ FORMATS = [
     Affine(3, granularity=8),
     Affine(2, symmetric=True, granularity="per_tensor"),
     Affine(4, symmetric=True),
+    Ternary(),
+    Ternary("per_tensor"),
+    Binary(),
+    Binary(granularity="per_tensor"),
+    Binary(2),
+    Binary(2, "per_tensor"),
     RowUniform(2),
     RowUniform(4),
     RowUniform(4, ranges=None),
@@ -41,7 +49,9 @@ every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
 scalar_format = pytest.mark.parametrize("format", [f for f in FORMATS if isinstance(f, ScalarFormat)], ids=str)
 # Affine grids miss zero, rows of tables begin at their least value, Multipoint's points differ by element, and float16 has its own smallest number.
 through_zero = pytest.mark.parametrize("format", [f for f in FORMATS if type(f) is Uniform], ids=str)
-zero_stays = pytest.mark.parametrize("format", [f for f in FORMATS if type(f) in (Uniform, Multipoint)], ids=str)
+zero_stays = pytest.mark.parametrize("format", [f for f in FORMATS if type(f) in (Uniform, Multipoint, Ternary)], ids=str)
+# Ternary's threshold is the paper's, near the middle between its points and not there.
+to_nearest = pytest.mark.parametrize("format", [f for f in FORMATS if not isinstance(f, Ternary)], ids=str)
 evenly_spaced = pytest.mark.parametrize("format", [f for f in FORMATS if isinstance(f, ScalarFormat | RowUniform)], ids=str)
 
 
@@ -59,7 +69,7 @@ def probes():
 
 def every_code(format):
     """2^bits codes, one less where levels are as many below zero as above."""
-    return jnp.arange(2**format.bits - isinstance(format, Multipoint), dtype=jnp.uint8)
+    return jnp.arange(2**format.bits - isinstance(format, Multipoint | Ternary), dtype=jnp.uint8)
 
 
 def points(format, grid):
@@ -106,7 +116,7 @@ def test_packed_codes_take_the_bits_that_storage_counts_and_come_back(format):
     np.testing.assert_array_equal(unpack(packed, format.bits, codes.size).reshape(codes.shape), codes)
 
 
-@every_format
+@to_nearest
 def test_the_nearest_point_is_encoded(format):
     w, grid = probes(), format.fit(rows())
     table = points(format, grid)
@@ -154,7 +164,7 @@ def test_a_weight_of_zero_stays_zero(format):
     np.testing.assert_array_equal(format.decode(format.encode(w, grid), grid)[:, ::3], 0)
 
 
-@every_format
+@to_nearest
 def test_inside_the_range_the_error_is_at_most_half_a_scale(format):
     w, grid = probes(), format.fit(rows())
     table = points(format, grid)
@@ -187,10 +197,10 @@ def test_degenerate_channels_have_finite_grids_and_finite_values(format, channel
     w = jnp.tile(channel, (CHANNELS, 1))
     grid = format.fit(w)
     assert all(np.all(np.isfinite(part)) for part in grid)
-    assert not isinstance(format, Uniform) or np.all(grid.scale > 0)
+    assert not isinstance(format, Uniform | Ternary | Binary) or np.all(grid.scale > 0)
     decoded = format.decode(format.encode(w, grid), grid)
     assert np.all(np.isfinite(decoded))
-    if not isinstance(format, Affine):
+    if not isinstance(format, Affine | Binary):
         np.testing.assert_array_equal(decoded[w == 0], 0)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Binary, Ternary, Uniform
 from brecq_jax.mixed_precision import Budget, Genetic, SystolicArray, exact
 from brecq_jax.mixed_precision._table import Table, Term
 
@@ -173,3 +173,25 @@ def test_latency_is_a_table_of_ones_own(measured, tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
             mixed_precision.read_latency(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_which_weights_get_a_second_bit_is_the_best_knapsack(share):
+    """Adaptive splitting: one bit or two for each of eight weights, against all 256 ways."""
+    sizes = [(8, 16), (16, 24), (24, 8), (8, 32), (32, 8), (8, 8), (8, 24), (24, 16)]
+    params = {f"w{i}": 0.1 * jax.random.normal(jax.random.key(i), s) for i, s in enumerate(sizes)}
+
+    def apply_fn(params, x):
+        return sum(jnp.tanh(x[:, : params[n].shape[0]] @ params[n]).mean(1) for n in params)
+
+    choices = (Binary(granularity="per_tensor"), Ternary("per_tensor"))
+    graph = brecq_jax.trace(apply_fn, params, jnp.zeros((2, 32)))
+    gains = np.asarray(jax.random.exponential(jax.random.key(9), (len(sizes),)))
+    sensitivities = mixed_precision.Sensitivities(choices, (), {n: (float(g), 0.0) for n, g in zip(params, gains, strict=True)}, {}, None)
+    one, two = (np.array([brecq_jax.make_plan(graph, {n: f}, None).size_bits for n in params]) for f in choices)
+    cost, budget = two - one, share * (two - one).sum()
+    best = max(gains[list(s)].sum() for r in range(9) for s in itertools.combinations(range(8), r) if cost[list(s)].sum() <= budget)
+    least = brecq_jax.make_plan(graph, choices[0], None).size_bits
+    plan = brecq_jax.search(graph, sensitivities, Budget(size_bits=int(least + budget)))
+    chosen = [isinstance(plan.weights[n], Ternary) for n in params]
+    assert gains[chosen].sum() == pytest.approx(best, rel=1e-9)
