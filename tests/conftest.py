@@ -17,7 +17,7 @@ def digits():
     return train_digits()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def few_memory_maps():
     """Every program that XLA compiles for a CPU maps memory, and at Linux's limit the next compilation is a segmentation fault."""
     yield
