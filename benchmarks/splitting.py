@@ -33,7 +33,7 @@ def main():
     exact = embed(jax.jit(model.apply), variables, tokens)
     few = {k: a[:8] for k, a in tokens.items()}
     for format in FORMATS:
-        rules = {".*(position|type).*": None, "word.*": dataclasses.replace(format, granularity="per_channel"), ".*": format}
+        rules = {"word.*": dataclasses.replace(format, granularity="per_channel"), ".*": format}
         quantized = brecq_jax.quantize(variables, model.apply, few, weights=rules, activations=None, solver=solvers.nearest(), progress=False)
         found = embed(jax.jit(model.apply), quantized.dequantized(), tokens)
         report = quantized.report
