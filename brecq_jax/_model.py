@@ -16,7 +16,7 @@ from brecq_jax._interpret import Block, contraction_axis, param_values, run, who
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._journal import Journal
 from brecq_jax._plan import Activation, Plan
-from brecq_jax._qarray import QArray
+from brecq_jax._qarray import QArray, is_qarray
 from brecq_jax.formats import Grid, PerToken, Sparq, activation_grid, fake_quantize
 
 
@@ -98,23 +98,23 @@ class Quantized:
 
     def dequantized(self) -> Any:
         """Params of the caller's structure with float leaves on the grid, for the caller's own apply_fn."""
-        return jax.tree.map(lambda x: _decode(x) if isinstance(x, QArray) else x, self.params, is_leaf=_is_qarray)
+        return jax.tree.map(lambda x: _decode(x) if isinstance(x, QArray) else x, self.params, is_leaf=is_qarray)
 
     def values(self, graph: Graph, block: Block) -> list[jax.Array]:
         """What a block reads of the parameters, on the grid where they are quantized. Nothing else is decoded."""
-        leaves = jax.tree.leaves(self.params, is_leaf=_is_qarray)
+        leaves = jax.tree.leaves(self.params, is_leaf=is_qarray)
         needed = {graph.origins[i][0] for i in block.params}
         decoded = {n: _decode(leaves[n]) if isinstance(leaves[n], QArray) else leaves[n] for n in needed}
         return [decoded[leaf][index] if index else decoded[leaf] for leaf, index in (graph.origins[i] for i in block.params)]
 
     def weight(self, weight: Weight) -> QArray | None:
         """The codes of one weight, or of one slice of a stacked leaf; None if it is float."""
-        leaf = jax.tree.leaves(self.params, is_leaf=_is_qarray)[weight.leaf]
+        leaf = jax.tree.leaves(self.params, is_leaf=is_qarray)[weight.leaf]
         return slice_qarray(leaf, weight) if isinstance(leaf, QArray) else None
 
     def with_weights(self, weights: Mapping[str, QArray], graph: Graph) -> "Quantized":
         """The same model with other codes for some weights."""
-        leaves, tree = jax.tree.flatten(self.params, is_leaf=_is_qarray)
+        leaves, tree = jax.tree.flatten(self.params, is_leaf=is_qarray)
         stacks: dict[int, dict[tuple[int, ...], QArray]] = {}
         for name, value in weights.items():
             weight = graph.weights[name]
@@ -135,7 +135,7 @@ class Quantized:
         return dataclasses.replace(self, program=dataclasses.replace(self.program, report=report))
 
     def __repr__(self) -> str:
-        leaves = jax.tree.leaves(self.params, is_leaf=_is_qarray)
+        leaves = jax.tree.leaves(self.params, is_leaf=is_qarray)
         quantized = sum(isinstance(leaf, QArray) for leaf in leaves)
         return f"Quantized({quantized} of {len(leaves)} params, {len(self.activations)} activations)"
 
@@ -172,10 +172,6 @@ def _restack(leaf, shape, parts: Mapping[tuple[int, ...], QArray]) -> QArray:
     return QArray(codes, grid, example.format, axes, example.dtype)
 
 
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)
-
-
 @jax.jit
 def _decode(array: QArray):
     return array.decode()
@@ -187,7 +183,7 @@ def _call(quantized: Quantized, inputs):
 
 
 def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
-    params = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=_is_qarray)
+    params = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=is_qarray)
     if not program.sites:
         return program.apply_fn(params, inputs)
     graph = _traced(program.apply_fn, _Types.of(params), _Types.of(inputs))

@@ -97,3 +97,8 @@ def _channels_first(ndim: int, channel_axes: tuple[int, ...]) -> list[int]:
             f"  write different axes from 0 to {ndim - 1}, or () for a single row."
         )
     return [*channel_axes, *(axis for axis in range(ndim) if axis not in channel_axes)]
+
+
+def is_qarray(x: Any) -> bool:
+    """For `is_leaf`: a tree's QArrays as leaves, not as trees of their own."""
+    return isinstance(x, QArray)

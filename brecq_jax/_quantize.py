@@ -18,7 +18,7 @@ from brecq_jax._journal import digest, opened
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
-from brecq_jax._qarray import QArray
+from brecq_jax._qarray import QArray, is_qarray
 from brecq_jax._sharding import data_mesh
 from brecq_jax.formats import Uniform, activation_grid
 from brecq_jax.report import ActivationRecord, BlockRecord, Report, TensorRecord
@@ -146,7 +146,7 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
 
 def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, seconds: float) -> Report:
     tensors = []
-    leaves = jax.tree.leaves(quantized.params, is_leaf=lambda x: isinstance(x, QArray))
+    leaves = jax.tree.leaves(quantized.params, is_leaf=is_qarray)
     for name, leaf in zip((n for n, _ in graph.leaves), leaves, strict=True):
         is_codes = isinstance(leaf, QArray)
         size = leaf.storage_bits if is_codes else leaf.size * leaf.dtype.itemsize * 8

@@ -34,7 +34,7 @@ import numpy as np
 
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Program, Quantized
-from brecq_jax._qarray import QArray, to_rows
+from brecq_jax._qarray import QArray, is_qarray, to_rows
 from brecq_jax.deploy.packing import pack, packed_size, unpack
 from brecq_jax.formats import Format, Grid
 from brecq_jax.formats._record import from_record, to_record
@@ -42,10 +42,11 @@ from brecq_jax.report import Report
 
 MOST_POINTS = 8  # elements of a grid for each code, at most: Multipoint's
 
+
 def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
-    entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=_is_qarray)
-    names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=_is_qarray))
+    entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=is_qarray)
+    names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=is_qarray))
     arrays: dict[str, np.ndarray] = {}
     numbers: dict[Format, int] = {}
     leaves = []
@@ -232,9 +233,9 @@ def _activations(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[
 
 def _tree(paths, leaves, params):
     if params is not None:
-        tree = jax.tree.structure(params, is_leaf=_is_qarray)
-        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=_is_qarray))
-        shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=_is_qarray)]
+        tree = jax.tree.structure(params, is_leaf=is_qarray)
+        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_qarray))
+        shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=is_qarray)]
         saved = [tuple(x.shape) for x in leaves]
         if len(saved) != len(shapes):
             raise ValueError(f"it is of another model: it has {len(saved)} parameters, `params` has {len(shapes)}.")
@@ -305,7 +306,3 @@ def _float_dtype(name: Any) -> str:
     if not jnp.issubdtype(_dtype(name), jnp.floating):
         raise ValueError(f"the float type {name!r}")
     return name
-
-
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)

@@ -13,7 +13,7 @@ from brecq_jax._graph import Graph, Op, trace
 from brecq_jax._interpret import param_values, run, whole
 from brecq_jax._jaxpr import Step
 from brecq_jax._model import Program, Quantized, quantize_hooks, slice_qarray
-from brecq_jax._qarray import QArray
+from brecq_jax._qarray import QArray, is_qarray
 from brecq_jax.deploy import _integer_ops
 from brecq_jax.deploy._lowering import (
     Reading, Taken, clip_bounds, encode, left_over, op_constants, rewrite, weight_codes, why_float,
@@ -49,7 +49,7 @@ class PackedArray:
 
 def packed_params(quantized: Quantized) -> Any:
     """The params with a PackedArray for every QArray."""
-    return jax.tree.map(lambda x: PackedArray.of(x) if isinstance(x, QArray) else x, quantized.params, is_leaf=_is_qarray)
+    return jax.tree.map(lambda x: PackedArray.of(x) if isinstance(x, QArray) else x, quantized.params, is_leaf=is_qarray)
 
 
 def unpacked(params: Any) -> Any:
@@ -172,7 +172,7 @@ def _choose(reading: Reading, op: Op, found, clip, able: set[str], quantized: Qu
 def _call(integer: Integer, inputs):
     program, formats = integer.program, dict(integer.program.sites)
     params = unpacked(integer.params)
-    floats = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=_is_qarray)
+    floats = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=is_qarray)
     graph = trace(program.apply_fn, floats, inputs)
     reading, block = Reading(graph), whole(graph)
     taken = {t.op: t for t in integer.taken}
@@ -247,7 +247,3 @@ def _padded(step: Step, x, zero):
 
 def _scalars(grid: Grid) -> Grid:
     return jax.tree.map(jnp.squeeze, grid)
-
-
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)

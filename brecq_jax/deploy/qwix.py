@@ -16,7 +16,7 @@ import qwix
 from brecq_jax._graph import Graph, leaf_names
 from brecq_jax._model import Program, Quantized
 from brecq_jax._plan import Plan
-from brecq_jax._qarray import QArray, from_rows, to_rows
+from brecq_jax._qarray import QArray, from_rows, is_qarray, to_rows
 from brecq_jax.formats import Format, Grid, Uniform
 
 
@@ -63,7 +63,7 @@ def to_qwix(quantized: Quantized, abstract: Any) -> Any:
     Raises:
       ValueError: a weight that is quantized here and float there, or the reverse, or has scales of other shapes.
     """
-    ours, tree = jax.tree.flatten(quantized.params, is_leaf=_is_qarray)
+    ours, tree = jax.tree.flatten(quantized.params, is_leaf=is_qarray)
     theirs = tree.flatten_up_to(abstract)
     names = leaf_names(jax.tree.unflatten(tree, range(len(ours))))
     return jax.tree.unflatten(tree, [_into(*one) for one in zip(names, ours, theirs, strict=True)])
@@ -127,10 +127,6 @@ def _check(name: str, format: Format, grouped: bool):
 
 def _qtype(bits: int) -> str:
     return f"int{bits}"
-
-
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)
 
 
 def _is_qwix(x) -> bool:

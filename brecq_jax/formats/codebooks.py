@@ -41,6 +41,12 @@ class _Codebook(Format):
                 f"  write RowUniform({self.bits})."
             )
 
+    def read(self, rows: Float[Array, "rows elements"], importance: Float[Array, "rows elements"] | None):
+        """(rows as float16 can hold them, the weight of each element's error), in float32."""
+        self.check(rows.shape)
+        weights = jnp.ones(rows.shape, jnp.float32) if importance is None else importance.astype(jnp.float32)
+        return jnp.clip(rows.astype(jnp.float32), -HALF_MAX, HALF_MAX), weights
+
     def encode(self, rows: Float[Array, "rows elements"], grid) -> UInt8[Array, "rows elements"]:
         """How many midpoints between points lie below each element."""
         return _nearest(rows, self.points_of(grid))
@@ -74,9 +80,7 @@ class RowCodebook(_Codebook):
     @functools.partial(jax.jit, static_argnums=0)
     def fit(self, rows: Float[Array, "rows elements"], importance: Float[Array, "rows elements"] | None = None) -> RowPoints:
         """The points of each row, by itself."""
-        self.check(rows.shape)
-        rows = jnp.clip(rows.astype(jnp.float32), -HALF_MAX, HALF_MAX)
-        weights = jnp.ones_like(rows) if importance is None else importance.astype(jnp.float32)
+        rows, weights = self.read(rows, importance)
 
         def one(both):
             order = jnp.argsort(both[0])
@@ -118,9 +122,7 @@ class ClusterCodebook(_Codebook):
     @functools.partial(jax.jit, static_argnums=0)
     def fit(self, rows: Float[Array, "rows elements"], importance: Float[Array, "rows elements"] | None = None) -> Codebooks:
         """The codebooks, and each row's own."""
-        self.check(rows.shape)
-        rows = jnp.clip(rows.astype(jnp.float32), -HALF_MAX, HALF_MAX)
-        weights = jnp.ones_like(rows) if importance is None else importance.astype(jnp.float32)
+        rows, weights = self.read(rows, importance)
         rank = jnp.argsort(jnp.argsort(jnp.std(rows, 1)))
         book = (rank * self.clusters // len(rows))[:, None]
         points = self._points(rows, weights, book)

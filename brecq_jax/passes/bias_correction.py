@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Quantized
-from brecq_jax._qarray import QArray, to_rows
+from brecq_jax._qarray import QArray, is_qarray, to_rows
 from brecq_jax.formats import Uniform, mean_corrected
 
 
@@ -25,7 +25,7 @@ def correct_means(params: Any, quantized: Quantized) -> Quantized:
     Raises:
       ValueError: params of another structure, or a weight whose format has no zero point.
     """
-    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=lambda x: isinstance(x, QArray))
+    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=is_qarray)
     floats = jax.tree.leaves(params)
     if [a.shape for a in leaves] != [a.shape for a in floats]:
         raise ValueError("correct_means: params has other shapes than what was quantized. Pass the float parameters of this model.")

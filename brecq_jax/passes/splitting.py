@@ -13,7 +13,7 @@ import numpy as np
 
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Quantized
-from brecq_jax._qarray import QArray, from_rows, to_rows
+from brecq_jax._qarray import QArray, from_rows, is_qarray, to_rows
 from brecq_jax.formats import Binary, Ternary
 from brecq_jax.formats.binary import BinaryGrid
 from brecq_jax.formats.splitting import SplitError, split_rows
@@ -27,7 +27,7 @@ def split_ternary(quantized: Quantized) -> Quantized:
     Raises:
       ValueError: no weight is ternary.
     """
-    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=_is_qarray)
+    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=is_qarray)
     _check_ternary("split_ternary", leaves)
     return dataclasses.replace(quantized, params=jax.tree.unflatten(tree, [_halved(a) if _is_ternary(a) else a for a in leaves]))
 
@@ -44,7 +44,7 @@ def split_weights(params: Any, quantized: Quantized) -> Any:
       SplitError: halves do not exist (see `formats.splitting`), or the codes are those of other parameters.
       ValueError: no weight is ternary, or params of another structure.
     """
-    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=_is_qarray)
+    leaves, tree = jax.tree.flatten(quantized.params, is_leaf=is_qarray)
     _check_ternary("split_weights", leaves)
     latents = jax.tree.leaves(params)
     if [a.shape for a in leaves] != [a.shape for a in latents]:
@@ -72,10 +72,6 @@ def _latent_halves(name: str, array: QArray, latent: jax.Array) -> jax.Array:
 def _check_ternary(function: str, leaves) -> None:
     if not any(map(_is_ternary, leaves)):
         raise ValueError(f"{function}: no weight is ternary. Quantize with weights=formats.Ternary() first.")
-
-
-def _is_qarray(x) -> bool:
-    return isinstance(x, QArray)
 
 
 def _is_ternary(x) -> bool:

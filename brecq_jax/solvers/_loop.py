@@ -81,7 +81,7 @@ def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callabl
             until = min(stop, done + chunk)
             if rows is not None:
                 for i in range(done, until):
-                    draw = rows[np.asarray(_drawn(key, i, static.count, static.batch_size))]
+                    draw = rows[np.asarray(drawn(key, i, static.count, static.batch_size))]
                     state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: spread(mesh, a[d]), data), key, i)
             elif on_cpu:  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
                 for i in range(done, until):
@@ -120,12 +120,13 @@ def _update(static, state, fixed, batch, key, i):
     return _one_update(static, state, fixed, batch, key, i)
 
 
-def _drawn(key, i, count: int, size: int) -> jax.Array:
+def drawn(key, i, count: int, size: int) -> jax.Array:
+    """Which of `count` examples are the batch of step i."""
     return jax.random.permutation(jax.random.fold_in(key, i), count)[:size]
 
 
 def _draw_and_update(static: Static, state, fixed, data, key, i):
-    rows = _drawn(key, i, static.count, static.batch_size)
+    rows = drawn(key, i, static.count, static.batch_size)
     batch = jax.tree.map(lambda a: a[rows], data)
     batch = jax.lax.with_sharding_constraint(batch, over_examples(static.mesh)) if static.mesh else batch
     return _one_update(static, state, fixed, batch, key, i)

@@ -10,7 +10,7 @@ import numpy as np
 
 from brecq_jax._graph import Weight
 from brecq_jax._model import Problem, Program, Quantized
-from brecq_jax._qarray import QArray, from_rows, quantize_array, to_rows
+from brecq_jax._qarray import QArray, from_rows, is_qarray, quantize_array, to_rows
 from brecq_jax.formats import Binary, Format, Grid, Ternary
 from brecq_jax.formats.binary import sum_of_halves
 from brecq_jax.formats.splitting import SplitError, split_rows
@@ -100,7 +100,7 @@ def seen(plan: tuple[Written, ...], latents: Any) -> Any:
 def finish(plan: tuple[Written, ...], student: Student, problem: Problem, guess: Quantized) -> Quantized:
     """Codes of the latent weights, learned step sizes, and the float parameters that were learned beside them."""
     latents = jax.tree.leaves(student.latents)
-    leaves, tree = jax.tree.flatten(guess.params, is_leaf=lambda x: isinstance(x, QArray))
+    leaves, tree = jax.tree.flatten(guess.params, is_leaf=is_qarray)
     leaves = [old if isinstance(old, QArray) else new for old, new in zip(leaves, latents, strict=True)]
     found = {}
     for own in plan:

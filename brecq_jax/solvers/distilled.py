@@ -18,6 +18,7 @@ import optax
 
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax.formats import Binary, Ternary
+from brecq_jax.solvers._loop import drawn
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._solver import split as split_examples
 from brecq_jax.solvers._student import Student, Written, begin, finish, split, view, written
@@ -229,8 +230,8 @@ def _step(static: Static, state, operands, i):
 
 def _update(static: Static, state, operands, i):
     (student, opt_state), (params, activations, data, rows, key) = state, operands
-    drawn = rows[jax.random.permutation(jax.random.fold_in(key, i), len(rows))[: static.settings.batch_size]]
-    batch = jax.tree.map(lambda a: a[drawn], data)
+    chosen = rows[drawn(key, i, len(rows), static.settings.batch_size)]
+    batch = jax.tree.map(lambda a: a[chosen], data)
     gradients = jax.grad(lambda student: _loss(static, student, params, activations, batch))(student)
     updates, opt_state = _optimizer(static.settings, static.stage).update(gradients, opt_state, student)
     return optax.apply_updates(student, updates), opt_state
