@@ -4,7 +4,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
 from brecq_jax.formats import Grid, PerToken
 
-SAMPLES_PER_BATCH = 16_384  # of each activation, evenly strided: what ranges are fitted to
+SAMPLES_PER_BATCH = 16_384  # of each activation: what ranges are fitted to
 OBSERVED_EXAMPLES = 256
 
 
@@ -134,37 +134,55 @@ def learned_outputs(graph: Graph, block: Block) -> tuple[int, ...]:
     )
 
 
-def observe(problem: Problem, leaves: Sequence[jax.Array], batch_size: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Values of activations over the calibration set: name -> a sample that holds the least and the greatest."""
+class Sample(NamedTuple):
+    """Values of one activation: drawn ones, and the least and the greatest of each batch, which stand for themselves alone."""
+
+    values: np.ndarray
+    importance: np.ndarray  # of a value's error; each example's errors count in parts of its own energy
+
+
+def observe(problem: Problem, leaves: Sequence[jax.Array], batch_size: int, names: Sequence[str]) -> dict[str, Sample]:
+    """What activations are over the calibration set, by name."""
     count = min(problem.count, OBSERVED_EXAMPLES)
     batch_size = min(batch_size, count)
     graph = problem.graph(batch_size)
     block = whole(graph)
     ids = graph.flat.inputs[graph.num_leaves :]
     flat_inputs = dict(zip(ids, jax.tree.leaves(problem.inputs), strict=True))
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, list[Sample]] = {}
     for start in range(0, count - batch_size + 1, batch_size):
         batch = [np.asarray(flat_inputs[i][start : start + batch_size]) for i in block.ins]
-        values = _observe(block.program, batch, param_values(graph, block, leaves), list(block.constants))
+        values = _observe(block.program, batch_size, batch, param_values(graph, block, leaves), list(block.constants))
         for site, sample in values.items():
-            found.setdefault(block.sites[site], []).append(np.asarray(sample))
-    return {name: np.concatenate(found[name]) for name in names}
+            found.setdefault(block.sites[site], []).append(jax.tree.map(np.asarray, sample))
+    return {name: Sample(*map(np.concatenate, zip(*found[name], strict=True))) for name in names}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _observe(program, inputs, params, constants):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _observe(program, batch_size, inputs, params, constants):
     seen = {}
 
     def on_input(number, x):
         site = program.ops[number].site
         if site >= 0 and site not in seen:
             flat = x.reshape(-1).astype(jnp.float32)
-            strided = flat[np.arange(SAMPLES_PER_BATCH) * flat.size // SAMPLES_PER_BATCH]  # one length: one compilation of `fit`
-            seen[site] = jnp.concatenate([strided, flat.min()[None], flat.max()[None]])
+            # As many of every activation: one compilation of `fit`.
+            at = jnp.concatenate([_drawn(flat.size), jnp.stack([flat.argmin(), flat.argmax()])])
+            stands_for = np.append(np.ones(SAMPLES_PER_BATCH), np.full(2, min(SAMPLES_PER_BATCH / flat.size, 1))).astype(np.float32)
+            examples = batch_size if x.shape and x.shape[0] % batch_size == 0 else 1
+            energy = jnp.mean(jnp.square(flat.reshape(examples, -1)), 1)
+            own = energy[at // (flat.size // examples)]
+            seen[site] = Sample(flat[at], stands_for / jnp.where(own > 0, own, jnp.inf))
         return x
 
     run(program, inputs, params, constants, on_input=on_input, on_op=fast_op)
     return seen
+
+
+def _drawn(size: int) -> np.ndarray:
+    """Positions of a sample: one at random in each of as many equal parts. An even stride would meet few channels, or one."""
+    part = np.arange(SAMPLES_PER_BATCH) + np.random.default_rng(0).random(SAMPLES_PER_BATCH)
+    return (part * size / SAMPLES_PER_BATCH).astype(np.int64)
 
 
 def fisher(

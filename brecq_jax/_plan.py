@@ -14,7 +14,7 @@ import rich.table
 
 from brecq_jax._graph import Graph, Op, Weight
 from brecq_jax._interpret import contraction_axis
-from brecq_jax.formats import Binary, Format, Multipoint, PerToken, Sparq, Ternary, Uniform
+from brecq_jax.formats import Binary, Format, Multipoint, PerToken, Sparq, TailRange, Ternary, Uniform
 
 PRESETS = ("brecq", "uniform")
 EDGE_BITS = 8  # of the first and last layer, under a preset
@@ -188,7 +188,7 @@ def _for_activation(format: Format | Sparq | PerToken | None, name: str, graph: 
         raise ValueError(
             f"activations: {name} is given {format}. Activations are quantized per tensor: write Uniform({format.bits}), PerToken({format.bits}) or Sparq(4)."
         )
-    return dataclasses.replace(format, granularity="per_tensor")
+    return dataclasses.replace(format, granularity="per_tensor", ranges=format.ranges or TailRange())
 
 
 def _check_tokens(graph: Graph, name: str, format: PerToken):

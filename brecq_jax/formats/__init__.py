@@ -8,9 +8,9 @@ from brecq_jax.formats.multipoint import Multipoint
 from brecq_jax.formats.per_token import PerToken
 from brecq_jax.formats.rows import GreedyRange, RowUniform
 from brecq_jax.formats.sparq import Sparq, activation_grid
-from brecq_jax.formats.uniform import LpRange, MinMax, Uniform, fake_quantize
+from brecq_jax.formats.uniform import LpRange, MinMax, TailRange, Uniform, fake_quantize
 
 __all__ = [
     "Affine", "Binary", "ClusterCodebook", "Format", "GreedyRange", "Grid", "LpRange", "MinMax", "Multipoint", "PerToken", "RowCodebook", "RowUniform",
-    "ScalarFormat", "Sparq", "Ternary", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
+    "ScalarFormat", "Sparq", "TailRange", "Ternary", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
 ]  # fmt: skip

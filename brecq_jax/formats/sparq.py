@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Int8, UInt8
 
 from brecq_jax.formats._format import Grid
-from brecq_jax.formats.uniform import LpRange, RangeRule, Uniform
+from brecq_jax.formats.uniform import RangeRule, TailRange, Uniform
 
 CODE_BITS = 8  # of the codes that are re-coded
 
@@ -38,7 +38,7 @@ class Sparq:
     shifts: int | None = None
     trim: bool = False
     pairs: bool = True
-    ranges: RangeRule = LpRange()
+    ranges: RangeRule = TailRange()
 
     def __post_init__(self):
         if isinstance(self.window, bool) or self.window not in (2, 3, 4):
@@ -52,7 +52,9 @@ class Sparq:
         """The 8-bit format of the codes."""
         return Uniform(CODE_BITS, granularity="per_tensor", ranges=self.ranges)
 
-    def fit(self, rows: Float[Array, "channels elements"]) -> Grid:
+    def fit(
+        self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
+    ) -> Grid:
         """The 8-bit grid of values seen. Raises ValueError if one is negative: values must be concrete."""
         least = float(jnp.min(rows))
         if least < 0:
@@ -60,7 +62,7 @@ class Sparq:
                 f"Sparq re-codes unsigned 8-bit codes and shares the bits of zeros: values after a ReLU. Here {least:.3g} was seen.\n"
                 "  Write Uniform(8) for this name, or None."
             )
-        return self.base.fit(rows)
+        return self.base.fit(rows, importance)
 
     def recode(self, codes: UInt8[Array, "..."], axis: int) -> UInt8[Array, "..."]:
         """f of every code; `axis` is the contraction axis, along which pairs lie. Element-wise beside that."""

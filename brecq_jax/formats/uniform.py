@@ -53,13 +53,18 @@ class LpRange(RangeRule):
     shrink: float = 0.01  # the range loses this fraction of the whole at each step
 
     def __post_init__(self):
+        name, fields = type(self).__name__, {f.name: f.default for f in dataclasses.fields(self)}
         if not self.p > 0:
-            raise ValueError(f"LpRange: p is {self.p}; write a positive exponent, such as p=2.4.")
-        if self.steps < 1 or not self.shrink > 0 or (self.steps - 1) * self.shrink >= 1:
+            raise ValueError(f"{name}: p is {self.p}; write a positive exponent, such as p={fields['p']}.")
+        if self.steps < 1 or not self.shrink > 0 or not self.factors()[-1] > 0:
             raise ValueError(
-                f"LpRange: steps={self.steps} of shrink={self.shrink} leave no range at the end;\n"
-                "  write steps ≥ 1, shrink > 0 and (steps − 1) · shrink < 1, such as steps=80, shrink=0.01."
+                f"{name}: steps={self.steps} of shrink={self.shrink} leave no range at the end;\n"
+                f"  write steps ≥ 1 and shrink > 0, such as steps={fields['steps']}, shrink={fields['shrink']}."
             )
+
+    def factors(self) -> Float32[np.ndarray, " steps"]:
+        """What the whole range is multiplied by, the greatest first."""
+        return np.float32(1 - self.shrink * np.arange(self.steps))
 
     def __call__(self, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
         return self.at(self.p, format, groups, importance)
@@ -67,25 +72,58 @@ class LpRange(RangeRule):
     def at(self, p: Float[Array, ""] | float, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
         """The same for another exponent, which may be traced: many are tried with one compilation."""
         low, high = _bounds(groups)
-        # Errors are counted in steps of the widest grid and importance in parts of its maximum: nothing under- or
-        # overflows, and doubling the weights changes no comparison.
-        unit = format.grid_between(low, high).scale
-        if importance is not None:
-            peak = jnp.max(importance, axis=-1, keepdims=True)
-            importance = importance / jnp.where(peak > 0, peak, 1)
-
-        def narrower(best, factor):
-            grid = format.grid_between(factor * low, factor * high)
-            error = (jnp.abs(groups - _decode(_encode(groups, grid, format.bits), grid)) / unit) ** p
-            score = jnp.mean(error if importance is None else importance * error, axis=-1, keepdims=True)
-            best_score, best_factor = best
-            better = score < best_score  # strictly: of equals the widest range stays
-            return (jnp.where(better, score, best_score), jnp.where(better, factor, best_factor)), None
-
-        factors = np.float32(1 - self.shrink * np.arange(self.steps))
-        # One factor at a time: all at once would hold `steps` copies of the weight.
-        (_, factor), _ = jax.lax.scan(narrower, (jnp.full_like(low, jnp.inf), jnp.ones_like(low)), factors)
+        ends = functools.partial(_best_factor, p, self.factors(), format, groups, importance)
+        factor = ends(lambda f: (f * low, f * high))
         return format.grid_between(factor * low, factor * high)
+
+
+def _best_factor(p, factors, format, groups, importance, ends) -> PerGroup:
+    """The factor of least error, of grids between ends(factor)."""
+    # Errors are counted in steps of the widest grid and importance in parts of its maximum: nothing under- or
+    # overflows, and doubling the weights changes no comparison.
+    unit = format.grid_between(*_bounds(groups)).scale
+    if importance is not None:
+        peak = jnp.max(importance, axis=-1, keepdims=True)
+        importance = importance / jnp.where(peak > 0, peak, 1)
+
+    def narrower(best, factor):
+        grid = format.grid_between(*ends(factor))
+        error = (jnp.abs(groups - _decode(_encode(groups, grid, format.bits), grid)) / unit) ** p
+        score = jnp.mean(error if importance is None else importance * error, axis=-1, keepdims=True)
+        best_score, best_factor = best
+        better = score < best_score  # strictly: of equals the widest range stays
+        return (jnp.where(better, score, best_score), jnp.where(better, factor, best_factor)), None
+
+    # One factor at a time: all at once would hold `steps` copies of the weight.
+    (_, factor), _ = jax.lax.scan(narrower, (jnp.full_like(unit, jnp.inf), jnp.ones_like(unit)), factors)
+    return factor
+
+
+@dataclasses.dataclass(frozen=True)
+class TailRange(LpRange):
+    """For activations, of which a few may be fifty times the rest: p = 2, f of 1.00, 0.96, 0.92, … 0.018, and each end by itself.
+
+    One factor for both ends comes first; then, twice, the factor of the low end and that of the high one.
+    Source: ours. MobileNetV2 with activations alone at 4 bits: 1 % right with LpRange(), 72 % so (docs/results.md).
+    """
+
+    p: float = 2.0
+    steps: int = 100
+    shrink: float = 0.04  # the range loses this fraction of what is left at each step
+
+    def factors(self) -> Float32[np.ndarray, " steps"]:
+        """What the whole range is multiplied by, the greatest first."""
+        return np.float32(1 - self.shrink) ** np.arange(self.steps, dtype=np.float32)
+
+    def at(self, p: Float[Array, ""] | float, format: "Uniform", groups: Groups, importance: Groups | None) -> Grid:
+        """The same for another exponent, which may be traced."""
+        low, high = _bounds(groups)
+        best = functools.partial(_best_factor, p, self.factors(), format, groups, importance)
+        below = above = best(lambda f: (f * low, f * high))
+        for _ in range(2):
+            below = best(lambda f, above=above: (f * low, above * high))
+            above = best(lambda f, below=below: (below * low, f * high))
+        return format.grid_between(below * low, above * high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +134,8 @@ class Uniform(ScalarFormat):
 
     `symmetric` fixes zero_point = 2^(bits−1): the integers are −2^(bits−1) … 2^(bits−1) − 1, one more below than above.
     `granularity` says what shares a scale: "per_tensor", "per_channel", or that many consecutive elements of a channel.
-    None leaves the choice to the planner; alone it means per channel.
+    None leaves the choice to the planner; alone it means per channel. `ranges` None is LpRange() for weights and TailRange()
+    for activations.
 
         >>> rows = jnp.array([[-1.0, 0.0, 0.9, 2.0]])
         >>> format = Uniform(2, ranges=MinMax())
@@ -108,15 +147,15 @@ class Uniform(ScalarFormat):
     bits: int
     symmetric: bool = False
     granularity: Literal["per_tensor", "per_channel"] | int | None = None
-    ranges: RangeRule = LpRange()
+    ranges: RangeRule | None = None
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int):
             raise TypeError(f"Uniform: bits is {self.bits!r}; write an int from 2 to 8.")
         if not 2 <= self.bits <= 8:
             raise ValueError(f"Uniform: bits is {self.bits}; write an int from 2 to 8.")
-        if not isinstance(self.ranges, RangeRule):
-            raise TypeError(f"Uniform: ranges is {self.ranges!r}; write MinMax() or LpRange(), with the brackets.")
+        if not isinstance(self.ranges, RangeRule | None):
+            raise TypeError(f"Uniform: ranges is {self.ranges!r}; write MinMax(), LpRange() or TailRange(), with the brackets.")
         is_group_size = type(self.granularity) is int and self.granularity >= 1
         if not is_group_size and self.granularity not in ("per_tensor", "per_channel", None):
             raise ValueError(
@@ -145,7 +184,8 @@ class Uniform(ScalarFormat):
                 f"Uniform.fit: importance is {importance.shape} and rows are {rows.shape};\n"
                 "  write one importance for each element."
             )
-        return self.ranges(self, self.pooled(rows), None if importance is None else self.pooled(importance))
+        ranges = self.ranges or LpRange()
+        return ranges(self, self.pooled(rows), None if importance is None else self.pooled(importance))
 
     def pooled(self, rows: Float[Array, "channels elements"]) -> Float32[Array, "pools groups group_elements"]:
         """The groups that share a scale: all of the rows are one group where the format is per tensor."""

@@ -154,8 +154,8 @@ def _nearest(weight, format: ScalarFormat, channel_axes: tuple[int, ...], grid: 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _lp_grid(format: Uniform, rows, p) -> Grid:
-    return RANGE.at(p, format, format.pooled(rows), None)
+def _lp_grid(format: Uniform, rows, importance, p) -> Grid:
+    return RANGE.at(p, format, format.pooled(rows), None if importance is None else format.pooled(importance))
 
 
 class _Search:
@@ -197,7 +197,7 @@ class _Search:
                 if self.settings.correct_means and not isinstance(q.format, Uniform):
                     raise ValueError(f"lapq: correct_means moves zero points, which {op.weight} in {q.format} has not; leave it out.")
                 self.names[slot], self.params[slot], self.grids["weight", slot] = op.weight, floats[slot], q.grid
-                self.rows["weight", slot] = q.format, to_rows(floats[slot].astype(jnp.float32), q.channel_axes)
+                self.rows["weight", slot] = q.format, to_rows(floats[slot].astype(jnp.float32), q.channel_axes), None
                 written.append((slot, q.format, q.channel_axes))
                 tensors.append(("weight", slot))
             site = ("reads", block.sites.index(op.site)) if op.site in block.sites else None
@@ -206,7 +206,9 @@ class _Search:
         if formats:
             fitted = {site: f for site, f in formats if ("reads", site) in self.grids}
             samples = observe(problem, problem.leaves, BATCH, [block.sites[site] for site in fitted])
-            self.rows |= {("reads", site): (f, jnp.asarray(samples[block.sites[site]])[None]) for site, f in fitted.items()}
+            for site, format in fitted.items():
+                values, importance = (jnp.asarray(a)[None] for a in samples[block.sites[site]])
+                self.rows["reads", site] = format, values, importance
         self.net = _Net(
             block.program, self.error, formats, whole_values, tuple(written), tuple(tensors), self.settings.correct_means
         )  # fmt: skip
@@ -247,7 +249,7 @@ class _Search:
         found: dict[float, tuple[float, Any]] = {}
 
         def tried(p: float) -> float:
-            new = {t: _lp_grid(format, rows, p) for t, (format, rows) in self.rows.items() if isinstance(format, Uniform)}
+            new = {t: _lp_grid(format, rows, importance, p) for t, (format, rows, importance) in self.rows.items() if isinstance(format, Uniform)}
             grids = {**self.grids, **new}
             found[p] = self.loss(grids, self.octaves), grids
             self.problem.show(len(found), len(NORMS) + 1, f"L_p ranges, p = {p:.2f}")

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from brecq_jax._calibrate import observe
+from brecq_jax._calibrate import Sample, observe
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import quantize_array
-from brecq_jax.formats import Grid, PerToken
+from brecq_jax.formats import Format, Grid, PerToken
 from brecq_jax.solvers._solver import Info, Solver
 
 BATCH = 32
@@ -44,13 +45,13 @@ def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] 
     leaves = jax.tree.leaves(guess.dequantized()) if leaves is None else leaves
     samples = observe(problem, leaves, BATCH, tuple(formats))
     for name, sample in samples.items():
-        if not jnp.isfinite(sample).all():
+        if not np.isfinite(sample.values).all():
             raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")
     return guess.with_activations({n: _fitted(n, format, samples[n]) for n, format in formats.items()})
 
 
-def _fitted(name: str, format, sample) -> Grid:
+def _fitted(name: str, format: Format, sample: Sample) -> Grid:
     try:
-        return format.fit(jnp.asarray(sample)[None])
+        return format.fit(*(jnp.asarray(a)[None] for a in sample))
     except ValueError as error:
         raise ValueError(f"activations: {name}: {error}") from None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brecq_jax.formats import LpRange, MinMax, Uniform
+from brecq_jax.formats import LpRange, MinMax, TailRange, Uniform
 
 OFFICIAL = np.load(pathlib.Path(__file__).parent / "vectors" / "brecq_quantizers.npz")
 
@@ -46,12 +46,12 @@ def test_activation_grids_are_those_of_the_official_code(name, bits):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("p", [1.0, 2.0, 2.4])
-def test_lp_range_finds_the_factor_of_a_slow_search(p, weighted, symmetric):
+@pytest.mark.parametrize("ranges", [LpRange(p=1.0), LpRange(p=2.0), LpRange()])
+def test_the_factor_is_that_of_a_slow_search(ranges, weighted, symmetric):
     key_rows, key_importance = jax.random.split(jax.random.key(0))
     w = np.asarray(jax.random.t(key_rows, 3, (5, 40)))
     importance = np.asarray(jax.random.uniform(key_importance, w.shape)) ** 4 if weighted else np.ones_like(w)
-    grid = Uniform(3, symmetric, ranges=LpRange(p=p)).fit(jnp.asarray(w), jnp.asarray(importance) if weighted else None)
+    grid = Uniform(3, symmetric, ranges=ranges).fit(jnp.asarray(w), jnp.asarray(importance) if weighted else None)
     for channel in range(len(w)):
         scores = []
         for factor in 1 - 0.01 * np.arange(80):
@@ -59,9 +59,24 @@ def test_lp_range_finds_the_factor_of_a_slow_search(p, weighted, symmetric):
             scale = max(-low / 4, high / 3) if symmetric else (high - low) / 7
             zero_point = 4 if symmetric else np.round(-low / scale)
             codes = np.clip(np.round(w[channel] / scale) + zero_point, 0, 7)
-            error = np.abs(scale * (codes - zero_point) - w[channel]) ** p
+            error = np.abs(scale * (codes - zero_point) - w[channel]) ** ranges.p
             scores.append((np.mean(importance[channel] * error), scale))
         np.testing.assert_allclose(grid.scale[channel].item(), min(scores)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_tail_range_is_as_good_as_any_pair_of_ends(symmetric):
+    x = np.array(jax.random.t(jax.random.key(0), 3, (200,)))
+    x[7] = 60.0
+    format, errors = Uniform(4, symmetric, ranges=TailRange()), []
+    for low in x.min() * 0.96 ** np.arange(0, 100, 2):
+        for high in x.max() * 0.96 ** np.arange(0, 100, 2):
+            scale = max(-low / 8, high / 7) if symmetric else (high - low) / 15
+            zero_point = 8 if symmetric else np.round(-low / scale)
+            errors.append(np.mean((scale * (np.clip(np.round(x / scale) + zero_point, 0, 15) - zero_point) - x) ** 2))
+    rows = jnp.asarray(x)[None]
+    grid = format.fit(rows)
+    assert np.mean((format.decode(format.encode(rows, grid), grid) - rows) ** 2) < 1.02 * min(errors)
 
 
 def test_importance_moves_the_range_to_where_it_matters():
@@ -100,3 +115,9 @@ def test_min_max_clips_nothing(symmetric):
 def test_settings_that_leave_no_range_are_refused(wrong):
     with pytest.raises(ValueError, match="write"):
         LpRange(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(p=0.0), dict(steps=0), dict(shrink=0.0), dict(shrink=1.0)])
+def test_a_tail_range_refuses_the_same(wrong):
+    with pytest.raises(ValueError, match=r"TailRange[^€]*write"):
+        TailRange(**wrong)
