@@ -1,8 +1,9 @@
-"""Matrix products that unpack their weight a tile at a time: memory holds the packed bytes, and one tile of what they mean.
+"""Matrix products and convolutions that unpack their weight a tile at a time: memory holds packed bytes, and one tile of what they mean.
 
 XLA would unpack all weights of a program before it runs the first product, and hold them all. A loop over tiles is a whole.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -21,8 +22,7 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
 
     None: the weight is no larger than a tile, or there are no tiles of whole bytes, or the product is of another kind.
     """
-    per_channel = isinstance(weight.format, Uniform) and len(weight.channel_axes) == 1
-    if step.primitive != "dot_general" or len(weight.shape) != 2 or not per_channel:
+    if step.primitive != "dot_general" or len(weight.shape) != 2 or not _has_tiles(weight):
         return None
     (contracting, batch), shape = step.params["dimension_numbers"], weight.shape
     if batch[0] or len(contracting[0]) != 1:
@@ -57,6 +57,40 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
     rest = [n for a, n in enumerate(x.shape) if a != axis]
     out = (*rest, shape[1]) if data_position == 0 else (shape[1], *rest)
     return jax.lax.scan(add, jnp.zeros(out, dtype), (jnp.arange(tiles), packed))[0]
+
+
+def tiled_conv(step: Step, weight, convolve: Callable[[QArray], jax.Array]) -> jax.Array | None:
+    """The convolution of a step with a PackedArray, some output channels at a time; `convolve` makes theirs of a tile of the weight.
+
+    None: the weight is no larger than a tile, or there are no tiles of whole bytes, or it convolves in groups.
+    """
+    if step.primitive != "conv_general_dilated" or step.params["feature_group_count"] * step.params["batch_group_count"] > 1:
+        return None
+    dims, shape, bits = step.params["dimension_numbers"], weight.shape, weight.format.bits
+    axis = dims.rhs_spec[0]
+    if not _has_tiles(weight) or weight.channel_axes != (axis,):
+        return None
+    channels, elements, run = shape[axis], math.prod(shape) // shape[axis], math.prod(shape[axis + 1 :])
+    fitting = (n for n in range(1, channels) if channels % n == 0 and n * elements <= TILE and n * run * bits % 8 == 0)
+    size = max(fitting, default=None)
+    if size is None or channels * elements <= TILE:
+        return None
+    packed = weight.packed.reshape(math.prod(shape[:axis]), -1)
+    width, tile_shape = size * run * bits // 8, (*shape[:axis], size, *shape[axis + 1 :])
+
+    def some(n):
+        part = jax.lax.dynamic_slice_in_dim(packed, n * width, width, 1).reshape(-1)
+        codes = unpack(part, bits, size * elements).reshape(tile_shape)
+        grid = jax.tree.map(lambda g: _part(g, n, channels // size, by_channel=True), weight.grid)
+        return convolve(QArray(codes, grid, weight.format, weight.channel_axes, weight.dtype))
+
+    where = dims.out_spec[1]
+    parts = jnp.moveaxis(jax.lax.map(some, jnp.arange(channels // size)), 0, where)
+    return parts.reshape(*parts.shape[:where], channels, *parts.shape[where + 2 :])
+
+
+def _has_tiles(weight) -> bool:
+    return isinstance(weight.format, Uniform) and len(weight.channel_axes) == 1
 
 
 def _rows(weight, summed: int) -> int | None:
