@@ -2,11 +2,12 @@ r"""Damage saved models in every way we can think of, restore them, and count wh
 
     python benchmarks/fuzz.py --count=10000 --seed=0
 
-Two kinds of artifact, `count` of each: the folder of `brecq_jax.save` and the file of `deploy.save_safetensors`. Two kinds
-of damage. *Plain*: bits flipped, bytes lost, zeroed, moved or added, files lost, swapped or foreign, versions, JSON edited.
+Three kinds of artifact, `count` of each: the folder of `brecq_jax.save`, the file of `deploy.save_safetensors` and that of
+`export`, read by `deploy.load_program`. Two kinds of damage. *Plain*: bits flipped, bytes lost, zeroed, moved or added, files lost, swapped or foreign, versions, JSON edited.
 Such an artifact must be refused (ValueError or FileNotFoundError that names it), or be the model that was saved, exactly.
 *Resealed*: what describes the model is edited, or arrays are damaged, and the checksums are made again, as no accident does.
 Such an artifact may be another model; it must not raise anything else, nor ask for memory that its length does not justify.
+Programs are not resealed: they are run, so that whom their writer is not to be trusted must not read them.
 """
 
 import argparse
@@ -28,8 +29,9 @@ import numpy as np
 
 import brecq_jax
 from brecq_jax import solvers
-from brecq_jax.deploy import restore_safetensors, save_safetensors
+from brecq_jax.deploy import load_program, restore_safetensors, save_safetensors
 from brecq_jax.deploy.checkpoint import ARRAYS, META, MODEL
+from brecq_jax.deploy.export import SEAL
 from brecq_jax.deploy.safetensors import LENGTH
 from brecq_jax.formats import MinMax, Uniform
 
@@ -48,7 +50,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     known = parser.parse_args()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax reports what it cannot read before it raises
-    for name, make in (("checkpoint", Checkpoint), ("safetensors", Safetensors)):
+    for name, make in (("checkpoint", Checkpoint), ("safetensors", Safetensors), ("program", Program)):
         with tempfile.TemporaryDirectory() as folder:
             artifact = make(pathlib.Path(folder))
             artifact.restore()
@@ -65,7 +67,7 @@ def fuzz(artifact, count: int, seed: int) -> tuple[collections.Counter, float]:
     most = 0.0
     for number in range(count):
         draw = np.random.default_rng((seed, number))
-        resealed = bool(draw.random() < RESEALED)
+        resealed = bool(draw.random() < RESEALED and artifact.resealed)
         damages = artifact.resealed if resealed else artifact.plain
         damage = damages[draw.integers(len(damages))]
         files = damage(dict(artifact.files), draw)
@@ -77,7 +79,7 @@ def fuzz(artifact, count: int, seed: int) -> tuple[collections.Counter, float]:
             tracemalloc.start()
         where = f"{type(artifact).__name__}, seed {seed}, number {number}, {damage.__name__}"
         try:
-            outcome = "right" if same(artifact.restore(), artifact.quantized) else "another"
+            outcome = "right" if same(artifact.restore(), artifact.saved) else "another"
         except (ValueError, FileNotFoundError) as error:
             assert str(artifact.path) in str(error), f"{where}: the message does not name the artifact: {error}"
             outcome = "refused"
@@ -167,8 +169,8 @@ class Checkpoint:
     """The folder of `brecq_jax.save`: its files by name, and what can be done to them."""
 
     def __init__(self, folder: pathlib.Path):
-        self.path, self.quantized = folder / "model", small_model()
-        brecq_jax.save(self.path, self.quantized)
+        self.path, self.saved = folder / "model", small_model()
+        brecq_jax.save(self.path, self.saved)
         self.files = {f.relative_to(self.path).as_posix(): f.read_bytes() for f in self.path.rglob("*") if f.is_file()}
         self.plain = (damaged_file, damaged_file, damaged_file, lost_file, foreign_file, swapped_files, other_version, edited_meta, edited_record)
         self.resealed = (edited_record_resealed, edited_record_resealed, edited_record_resealed, damaged_arrays_resealed)
@@ -241,8 +243,8 @@ class Safetensors:
     """The file of `deploy.save_safetensors`, and what can be done to it."""
 
     def __init__(self, folder: pathlib.Path):
-        self.path, self.quantized = folder / "model.safetensors", small_model()
-        save_safetensors(self.path, self.quantized)
+        self.path, self.saved = folder / "model.safetensors", small_model()
+        save_safetensors(self.path, self.saved)
         self.files = {"": self.path.read_bytes()}
         self.plain = (*(on_the_file(f) for f in BYTES), edited_header, swapped_tensors)
         self.resealed = (edited_header_resealed, edited_description_resealed)
@@ -284,6 +286,33 @@ def edited_description_resealed(files, draw):
     header, tensors = split(files[""])
     header["__metadata__"]["brecq_jax"] = json.dumps(edited(json.loads(header["__metadata__"]["brecq_jax"]), draw))
     return {"": sealed(header, tensors)}
+
+
+class Program:
+    """The file of `export`, and what can be done to it: its checksum lost, or another's."""
+
+    resealed = ()
+
+    def __init__(self, folder: pathlib.Path):
+        self.path = folder / "model.stablehlo"
+        brecq_jax.export(small_model(), self.path, jax.ShapeDtypeStruct((1, 16), jnp.float32))
+        self.files = {"": self.path.read_bytes()}
+        self.plain = (*(on_the_file(f) for f in BYTES), unsealed, sealed_for_another)
+        self.saved = self.restore()
+
+    def write(self, files: dict[str, bytes]) -> None:
+        self.path.write_bytes(files[""])
+
+    def restore(self):
+        return np.frombuffer(load_program(self.path).mlir_module_serialized, np.uint8)
+
+
+def unsealed(files, draw):
+    return {"": files[""][:-SEAL]}
+
+
+def sealed_for_another(files, draw):
+    return {"": files[""][:-SEAL] + hashlib.sha256(flipped(files[""], draw)).digest()}
 
 
 def split(whole: bytes):

@@ -1,6 +1,11 @@
-"""A quantized model as one StableHLO file, that a process with jax but without this library can call."""
+"""A quantized model as one StableHLO file, that a process with jax but without this library can call.
+
+The file is what `jax.export` serializes, and after it 32 bytes, the SHA-256 of it. `jax.export.deserialize` takes the whole file
+as it is, since it reads no further than its own end, and checks nothing: flipped bits give wrong numbers or end the process.
+"""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +17,7 @@ from brecq_jax._model import Quantized
 from brecq_jax.deploy.integer import Integer, packed_params, unpacked
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+SEAL = hashlib.sha256().digest_size
 
 
 def export(quantized: Quantized | Integer, path: str | pathlib.Path, inputs: Any, *, platforms: Sequence[str] = PLATFORMS) -> None:
@@ -19,10 +25,12 @@ def export(quantized: Quantized | Integer, path: str | pathlib.Path, inputs: Any
 
         brecq_jax.export(quantized, "model.stablehlo", images)
 
-    and where it runs, with jax alone:
+    and where it runs, with jax alone (`load_program` does the same):
 
-        import jax.export
-        logits = jax.export.deserialize(open("model.stablehlo", "rb").read()).call(images)
+        import hashlib, jax.export
+        file = open("model.stablehlo", "rb").read()
+        assert hashlib.sha256(file[:-32]).digest() == file[-32:]
+        logits = jax.export.deserialize(file).call(images)
 
     Args:
       quantized: a `Quantized` computes in floats, as when it is called; what `deploy.to_integer` makes of it with integers.
@@ -54,4 +62,25 @@ def export(quantized: Quantized | Integer, path: str | pathlib.Path, inputs: Any
         exported = jax_export.export(jax.jit(program), platforms=tuple(platforms))(types)
     except Exception as error:  # apply_fn is the user's, and may raise anything
         raise ValueError(f"export: apply_fn could not be read with a batch size that is not yet known: {error}") from error
-    path.write_bytes(exported.serialize())
+    whole = bytes(exported.serialize())
+    path.write_bytes(whole + hashlib.sha256(whole).digest())
+
+
+def load_program(path: str | pathlib.Path) -> jax_export.Exported:
+    """Read what `export` wrote, if it is what `export` wrote.
+
+        logits = brecq_jax.deploy.load_program("model.stablehlo").call(images)
+
+    A checksum guards against accidents, not against people: a program runs, so read those alone of people whom you trust.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged or truncated file, one that `export` did not write, or a program that this jax is too old or too new for.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_program: {path}: no such file.")
+    whole = path.read_bytes()
+    if hashlib.sha256(whole[:-SEAL]).digest() != whole[-SEAL:]:
+        raise ValueError(f"load_program: {path} is damaged, or no file of `export`: its checksum differs. Export the model again.")
+    return jax_export.deserialize(bytearray(whole[:-SEAL]))

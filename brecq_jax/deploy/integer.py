@@ -18,7 +18,7 @@ from brecq_jax.deploy import _integer_ops
 from brecq_jax.deploy._lowering import (
     Reading, Taken, clip_bounds, encode, left_over, op_constants, rewrite, weight_codes, why_float,
 )  # fmt: skip
-from brecq_jax.deploy._tiles import tiled_dot
+from brecq_jax.deploy._tiles import tiled_conv, tiled_dot
 from brecq_jax.deploy.packing import pack, unpack
 from brecq_jax.formats import Format, Grid
 
@@ -183,10 +183,16 @@ def _call(integer: Integer, inputs):
         x, packed = operands[step.arguments[op.data_position]], held[graph.weights[op.weight].leaf]
         if op.name in taken:
             return [_integer_op(reading, op, x, packed, integer, taken[op.name])]
+
+        def convolve(tile):
+            both = [x, tile.decode().astype(x.dtype)]
+            return (fast_op(number, step, both) or step.run(*both))[0]
+
         y = None
         if isinstance(packed, PackedArray) and _reads_itself(graph, op):
             dtype = graph.flat.types[step.outputs[0]].dtype
             y = tiled_dot(step, x, packed, op.data_position, lambda tile: tile.decode().astype(x.dtype), dtype)
+            y = tiled_conv(step, packed, convolve) if y is None else y
         return fast_op(number, step, operands) if y is None else [y]
 
     def on_input(number: int, x):
@@ -209,13 +215,13 @@ def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integ
     step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
-    w = weight_codes(reading, op, weight)
+    w, codes_of, itself = weight_codes(reading, op, weight), functools.partial(weight_codes, reading, op), _reads_itself(reading.graph, op)
     if op.kind == "conv":
         x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
-        sums = _integer_ops.conv(step, x, w)
+        sums = tiled_conv(step, packed, lambda tile: _integer_ops.conv(step, x, codes_of(tile))) if itself else None
+        sums = _integer_ops.conv(step, x, w) if sums is None else sums
     else:
-        tiled = tiled_dot if _reads_itself(reading.graph, op) else lambda *_: None
-        sums = tiled(step, x, packed, op.data_position, lambda tile: weight_codes(reading, op, tile), jnp.int32)
+        sums = tiled_dot(step, x, packed, op.data_position, codes_of, jnp.int32) if itself else None
         sums = _integer_ops.dot(step, x, w, op.data_position) if sums is None else sums
     if weight.format.bits == 8 and not weight.format.symmetric:
         sums -= arrays["weight_zero"] * _integer_ops.window_sums(step, x, op.data_position, w.shape)

@@ -110,13 +110,10 @@ class RowUniform(Format):
         """The grid of each row, by itself. Ignores importance."""
         self.check(rows.shape)
 
-        def some(rows):
-            columns = rows.T
-            low, high = self.ranges(columns, self.bits) if self.ranges else (jnp.min(columns, 0), jnp.max(columns, 0))
-            scale, bias = _grid(low, high, self.bits)
-            return scale.astype(jnp.float16)[:, None], bias.astype(jnp.float16)[:, None]
-
-        return RowGrid(*in_parts(some, rows.astype(jnp.float32)))
+        rows = rows.astype(jnp.float32)
+        low, high = in_parts(lambda rows: self.ranges(rows.T, self.bits), rows) if self.ranges else _extremes(rows)
+        scale, bias = _grid(low, high, self.bits)
+        return RowGrid(scale.astype(jnp.float16)[:, None], bias.astype(jnp.float16)[:, None])
 
     def encode(self, rows: Float[Array, "rows elements"], grid: RowGrid) -> UInt8[Array, "rows elements"]:
         """clip(round((w − bias) · (1 / scale)), 0, 2^bits − 1), halves to even."""
@@ -151,6 +148,15 @@ def in_parts(function: Callable, rows: Float32[Array, "rows elements"]):
     size = max(1, min(count, ELEMENTS_AT_ONCE // elements))
     parts = jnp.pad(rows, ((0, -count % size), (0, 0))).reshape(-1, size, elements)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:count], jax.lax.map(function, parts))
+
+
+def _extremes(rows: Float32[Array, "rows elements"]) -> tuple[PerRow, PerRow]:
+    """(min, max) of each row, in one pass."""
+
+    def wider(range, other):
+        return jnp.minimum(range[0], other[0]), jnp.maximum(range[1], other[1])
+
+    return jax.lax.reduce((rows, rows), (jnp.float32(jnp.inf), jnp.float32(-jnp.inf)), wider, (1,))
 
 
 def _grid(low: PerRow, high: PerRow, bits: int) -> tuple[PerRow, PerRow]:

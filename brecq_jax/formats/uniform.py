@@ -167,7 +167,7 @@ class Uniform(ScalarFormat):
         """Raise ValueError if the group size does not divide the elements of a channel."""
         size, (_, elements) = self.granularity, shape
         if isinstance(size, int) and elements % size:
-            divisor = max(d for d in range(1, size) if elements % d == 0)
+            divisor = max(d for d in range(1, min(size, elements + 1)) if elements % d == 0)
             raise ValueError(
                 f"Uniform: the group size {size} does not divide the {elements} elements of a channel (rows {shape});\n"
                 f'  write granularity={divisor}, which does, or "per_channel".'

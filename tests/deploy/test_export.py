@@ -12,7 +12,7 @@ import brecq_jax
 from brecq_jax import deploy, formats, solvers
 
 READER = """
-import sys
+import hashlib, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -23,7 +23,9 @@ sys.meta_path.insert(0, Blocked())
 import jax, numpy
 import jax.export
 
-program = jax.export.deserialize(open(sys.argv[1], "rb").read())
+file = open(sys.argv[1], "rb").read()
+assert hashlib.sha256(file[:-32]).digest() == file[-32:]
+program = jax.export.deserialize(file)
 images = numpy.load(sys.argv[2])
 numpy.save(sys.argv[3], numpy.concatenate([program.call(images[:1]), program.call(images[1:])]))
 """
@@ -47,6 +49,19 @@ def test_a_process_without_this_library_gets_the_same_logits(form, quantized, di
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", READER, *files], check=True, cwd=tmp_path, env=environment)
     np.testing.assert_allclose(np.load(files[2]), model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_program_is_loaded_only_as_it_was_written(quantized, digits, tmp_path):
+    path = tmp_path / "model"
+    brecq_jax.export(quantized, path, digits.test_images, platforms=["cpu"])
+    np.testing.assert_allclose(deploy.load_program(path).call(digits.test_images[:2]), quantized(digits.test_images[:2]), rtol=1e-5, atol=1e-5)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-32], whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], b"", b"something else"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model is damaged.*Export the model again"):
+            deploy.load_program(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        deploy.load_program(tmp_path / "nothing")
 
 
 def test_the_file_holds_packed_codes_and_lowers_for_accelerators_too(quantized, digits, tmp_path):

@@ -233,7 +233,7 @@ def test_a_dtype_that_safetensors_does_not_know_is_refused(tmp_path):
         save_safetensors(tmp_path / "m", model({"w": jnp.ones(3, jnp.int4)}))
 
 
-@pytest.mark.parametrize("name", ["Checkpoint", "Safetensors"])
+@pytest.mark.parametrize("name", ["Checkpoint", "Safetensors", "Program"])
 def test_a_damaged_file_is_refused_or_exactly_right(name, tmp_path):
     spec = importlib.util.spec_from_file_location("fuzz", ROOT / "benchmarks" / "fuzz.py")
     fuzz = importlib.util.module_from_spec(spec)

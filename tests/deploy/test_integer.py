@@ -195,6 +195,35 @@ def test_the_memory_of_a_weight_only_model_is_that_of_its_packed_bytes_and_one_t
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-4, atol=1e-5)
 
 
+CONVOLVED = {  # dimension numbers, shape of the kernel
+    "HWIO": (("NHWC", "HWIO", "NHWC"), (3, 3, 96, 128)),
+    "OIHW": (("NCHW", "OIHW", "NCHW"), (128, 96, 3, 3)),
+    "IHWO": (("NHWC", "IHWO", "NCHW"), (96, 3, 3, 128)),
+    "HOWI": (("NHWC", "HOWI", "NHWC"), (3, 128, 3, 96)),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "format", "activations"),
+    [("HWIO", Uniform(4, granularity=36), None), ("OIHW", Uniform(3), None), ("IHWO", Uniform(8), Uniform(8)), ("HOWI", Uniform(3), Uniform(8))],
+    ids=str,
+)
+def test_convolutions_in_tiles_hold_packed_bytes_and_are_exact(format, activations, layout):
+    dims, shape = CONVOLVED[layout]
+    params = {f"layer{n}": DRAW.normal(0, 0.03, shape).astype(np.float32) for n in range(4)}
+    x = DRAW.normal(size=(8, 96, 6, 6) if dims[0] == "NCHW" else (8, 6, 6, 96)).astype(np.float32)
+
+    def apply_fn(params, x):
+        return sum(jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=dims) for w in params.values())
+
+    quantized = quantize(params, apply_fn, x, weights=dataclasses.replace(format, ranges=MinMax()), activations=activations)
+    packed = to_integer(quantized, x)
+    chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-3, atol=1e-3)
+    memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
+    if activations is None:
+        assert memory.temp_size_in_bytes <= 1.2 * 2**20  # the four kernels are 1.7 MB
+
+
 @pytest.mark.parametrize("layout", TILED)
 def test_products_in_tiles_are_exact_on_integers(layout):
     params, x = {"w": DRAW.normal(size=(1024, 1024)).astype(np.float32)}, DRAW.normal(size=(8, 1024)).astype(np.float32)

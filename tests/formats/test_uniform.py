@@ -40,6 +40,8 @@ def test_a_group_size_that_does_not_divide_the_channel_is_refused_with_one_that_
         with pytest.raises(ValueError, match="10 does not divide the 48.*\n.*granularity=8"):
             refuse()
     format.check((3, 50))
+    with pytest.raises(ValueError, match="granularity=48"):  # at once: a damaged file may say so
+        Uniform(4, granularity=10**30).check((3, 48))
 
 
 def test_importance_of_another_shape_is_refused():
