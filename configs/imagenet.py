@@ -25,6 +25,7 @@ Time: not measured here. Paper's top-1 of ResNet-18 beside ours (no ImageNet on 
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -61,7 +62,7 @@ class Config:
         model, variables = models.load_pretrained(self.architecture, self.weights)
         prepare = models.ARCHITECTURES[self.architecture].preprocessing
         calibration, scored = data.open_images(self.data, self.dataset)
-        scored = scored.spread(self.evaluation) if self.evaluation else scored
+        scored = scored.spread(-(-self.evaluation // jax.process_count())) if self.evaluation else scored
         pixels = data.calibration_crops(calibration, self.calibration, prepare.size, self.seed, prepare.interpolation)
         crop = functools.partial(data.center_crop, size=prepare.size, fraction=prepare.crop, interpolation=prepare.interpolation)
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
