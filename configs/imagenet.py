@@ -51,7 +51,8 @@ class Config:
     learning_rate: float = 0.0  # the same
     preset: str = "brecq"
     blocks: str = "block"
-    memory_budget_gb: float = 0.0  # of blocks' inputs and targets; 0: all in memory
+    memory_budget_gb: float = 0.0  # of the calibration set, caches and a step; 0: all in memory
+    bfloat16_caches: bool = False
     seed: int = 0
 
     def build(self) -> Experiment:
@@ -92,5 +93,6 @@ class Config:
             solver=solvers.by_name(self.method, **{k: v for k, v in settings.items() if v}),
             blocks=self.blocks,
             memory_budget_gb=self.memory_budget_gb or None,
+            bfloat16_caches=self.bfloat16_caches,
             seed=self.seed,
         )
