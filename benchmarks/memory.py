@@ -1,6 +1,6 @@
 r"""What quantizing EfficientNet-Lite0 on large images holds: the peak of the process's memory after each of the first blocks.
 
-    taskset -c 0 python benchmarks/memory.py --size=1024 --count=1024 --budget=7 --batch=4 --blocks=3
+    taskset -c 0 python benchmarks/memory.py --size=1024 --count=1024 --budget=7 --batch=4 --blocks=6 --judge=128
 
 The images are pixels (uint8), and the model takes pixels. The plan of the caches is printed first. `--budget=0`: no budget. The peak is
 `ru_maxrss`: all pages that were resident at once, files that are mapped among them. The first blocks have the largest values.
@@ -17,6 +17,7 @@ import brecq_jax
 from brecq_jax import data, models, solvers
 from brecq_jax.__main__ import keep_memory
 from brecq_jax.formats import Uniform
+from brecq_jax.solvers import _solver
 
 
 class Enough(Exception):
@@ -53,9 +54,11 @@ def main():
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--judge", type=int, default=8, help="one example in so many judges; the library's is 8. Fewer take less time, and no less memory")
     parser.add_argument("--bfloat16", action="store_true", help="caches")
     args = parser.parse_args()
     keep_memory()
+    _solver.HELD_OUT = args.judge
     model, variables = models.load_efficientnet_lite0()
     prepare = models.ARCHITECTURES["efficientnet_lite0"].preprocessing
     pixels = data.photographs(args.size, args.count, 0, "calibration")

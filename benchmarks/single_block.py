@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax import Experiment, data
-from brecq_jax._stream import Stream
 from brecq_jax._fast_ops import NHWC, fast_op
 from brecq_jax._interpret import Block, LocalOp, Program, param_values, run
 from brecq_jax._model import Problem
 from brecq_jax._quantize import NO_PLAN
+from brecq_jax._stream import Stream
 
 BATCH = 32  # the official code's, whose cache drops what does not fill one
 HELD_OUT = 8  # one example in so many

@@ -16,8 +16,9 @@ from brecq_jax._interpret import Block
 GB = 1e9
 # Where memory allows: examples that pass a block at once, and the whole net with gradients.
 STREAM, CHUNK = 32, 16
-# Bytes of a step in bytes of its ops' outputs, measured on EfficientNet-Lite0's blocks with XLA:CPU (docs/results.md): the largest, rounded up.
-STEP, PASS = 4.0, 3.0
+# Bytes of a step in bytes of what enters the block and its ops make: what the process grew by where EfficientNet-Lite0's largest block was
+# learned on a CPU, with what malloc keeps (docs/results.md). Of a pass without gradients: a guess.
+STEP, PASS = 5.5, 3.0
 PASS_SHARE = 1 / 4  # of the budget, for one pass of a stream
 # Values are computed again where that is at most so many times the work of the block that reads them; else they go to a file. A guess.
 RECOMPUTED = 16

@@ -17,8 +17,8 @@ KEYS = jax.random.split(jax.random.key(0), 6)
 PARAMS = {"kernels": [jax.random.normal(k, (3, 3, 4, 4)) / 4 for k in KEYS[:4]], "head": jax.random.normal(KEYS[4], (4, 3))}
 INPUTS = np.asarray(jax.random.normal(KEYS[5], (COUNT, 5, 5, 4)))
 SET = INPUTS.nbytes / 1e9
-# Nothing but the set; and the set, a step of 8 (1.6) and one boundary of one value in both streams (2), but not two.
-LITTLE, SOME = SET * 1.01, SET * 6
+# Nothing but the set; and the set, a step of 8 (2.2) and one boundary of one value in both streams (2), but not two.
+LITTLE, SOME = SET * 1.01, SET * 6.5
 
 
 def apply_fn(params, x):
