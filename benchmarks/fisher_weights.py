@@ -16,7 +16,7 @@ import numpy as np
 
 from brecq_jax import data, solvers
 from brecq_jax.__main__ import load_config
-from brecq_jax._calibrate import Memory, fisher
+from brecq_jax._calibrate import fisher
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import make_plan
@@ -35,7 +35,7 @@ problem = Problem(experiment.apply_fn, params, NO_PLAN, examples.arrays, example
 problem = dataclasses.replace(problem, plan=make_plan(problem.graph(STREAM), Uniform(2), None, "brecq"))
 guess, _ = solvers.nearest()(problem, Quantized(params, {}, Program(experiment.apply_fn, (), False)), jax.random.key(0))
 walk = Walk(problem)
-weights = fisher(problem, walk.blocks, Memory(None), jax.random.key(experiment.seed))
+weights = fisher(problem, walk.blocks, jax.random.key(experiment.seed))
 
 
 def official(n: int) -> np.ndarray:
@@ -53,4 +53,4 @@ for n, (block, found) in enumerate(zip(walk.blocks, weights, strict=True)):
     w = np.sort(sum(np.float64(a).reshape(len(a), -1).sum(1) for a in found.values()))[::-1]
     theirs = np.quantile(official(n), [0.5, 0.999])
     print(f"{block.name}: {w.sum() ** 2 / (w**2).sum():.0f}; {w[: len(w) // 10].sum() / w.sum():.0%}; {theirs[0]:.5f}, {theirs[1]:.5f}")
-    walk.rough.advance(block, walk.rough.outputs(block, guess.values(walk.graph, block)))
+    walk.rough.advance(block, guess.values(walk.graph, block))

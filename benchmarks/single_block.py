@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax import Experiment, data
-from brecq_jax._calibrate import Memory, Stream
 from brecq_jax._fast_ops import NHWC, fast_op
 from brecq_jax._interpret import Block, LocalOp, Program, param_values, run
 from brecq_jax._model import Problem
 from brecq_jax._quantize import NO_PLAN
+from brecq_jax._stream import Stream
 
 BATCH = 32  # the official code's, whose cache drops what does not fill one
 HELD_OUT = 8  # one example in so many
@@ -95,7 +95,7 @@ def parts(experiment: Experiment, names: Sequence[str]) -> Iterator[Part]:
     train = train[: len(train) // BATCH * BATCH]
     if not len(train):
         raise ValueError(f"{examples.count} calibration examples leave no batch of {BATCH} to learn from. Give 40 or more.")
-    stream = Stream(graph, blocks, examples.arrays, BATCH, Memory(None))
+    stream = Stream(graph, blocks, examples.arrays, BATCH)
     for n, block in enumerate(blocks[: 1 + max(n for n, b in enumerate(blocks) if b.name in names)]):
         values = param_values(graph, block, problem.leaves)
         if block.name in names:
@@ -104,7 +104,7 @@ def parts(experiment: Experiment, names: Sequence[str]) -> Iterator[Part]:
             inputs = stream.inputs_of(block)[0]
             params = dict(zip(_names(problem, block, BATCH), map(jnp.asarray, values), strict=True))
             yield Part(problem, n, params, inputs[train], inputs[held_out])
-        stream.advance(block, stream.outputs(block, values))
+        stream.advance(block, values)
 
 
 def fold(block: Block, params: list[jax.Array], example: np.ndarray) -> dict[str, Any]:

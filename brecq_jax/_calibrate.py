@@ -1,8 +1,7 @@
-"""What solvers learn from: inputs, targets and Fisher weights of blocks, streamed over the calibration examples."""
+"""What solvers learn from: outputs, ranges and Fisher weights of blocks over the calibration examples."""
 
 import functools
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,78 +13,13 @@ from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
+from brecq_jax._memory import CHUNK, OnDisk, empty
 from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
 from brecq_jax.formats import Grid, PerToken
 
 SAMPLES_PER_BATCH = 16_384  # of each activation: what ranges are fitted to
 OBSERVED_EXAMPLES = 256
-
-
-class Memory:
-    """Arrays for cached values: in memory up to a budget, in a file on disk beyond it."""
-
-    def __init__(self, budget_gb: float | None):
-        self.left = math.inf if budget_gb is None else budget_gb * 1e9
-        self.spilled = False
-
-    def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
-        need = math.prod(shape) * np.dtype(dtype).itemsize
-        if need <= self.left:
-            self.left -= need
-            return np.empty(shape, dtype)
-        self.spilled = True
-        return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
-
-    def free(self, array: np.ndarray):
-        if not isinstance(array, np.memmap):
-            self.left += array.nbytes
-
-
-class Stream:
-    """The values that cross block boundaries, for all examples, walking from the first block to the last.
-
-    `values`: id -> array with the examples on axis 0. A value is dropped after the last block that reads it, so that
-    memory holds one boundary, not the whole net. One pass over the net for all blocks together.
-    """
-
-    def __init__(self, graph: Graph, blocks: Sequence[Block], inputs: Any, batch_size: int, memory: Memory):
-        self.graph, self.batch_size, self.memory = graph, batch_size, memory
-        ids = graph.flat.inputs[graph.num_leaves :]
-        self.values = {i: np.asarray(a) for i, a in zip(ids, jax.tree.leaves(inputs), strict=True)}
-        self.count = next(iter(self.values.values())).shape[0]
-        self.last_reader = {i: n for n, block in enumerate(blocks) for i in block.ins}
-        self.position = 0
-
-    def inputs_of(self, block: Block) -> list[np.ndarray]:
-        return [self.values[i] for i in block.ins]
-
-    def advance(self, block: Block, outputs: Sequence[np.ndarray]):
-        """Take the block's outputs, drop what no later block reads."""
-        own = set(self.graph.flat.inputs)
-        self.values.update(zip(block.outs, outputs, strict=True))
-        for ident in [i for i in self.values if self.last_reader.get(i, -1) <= self.position]:
-            value = self.values.pop(ident)
-            if ident not in own:
-                self.memory.free(value)
-        self.position += 1
-
-    def outputs(
-        self, block: Block, params: Sequence[jax.Array], hooks: "Hooks | None" = None, rows: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """The block's outputs for all examples, or for those in `rows`. Values that are not held per example are broadcast."""
-        results: list[np.ndarray] = []
-        inputs = self.inputs_of(block)
-        rows = np.arange(self.count) if rows is None else rows
-        for start in range(0, len(rows), self.batch_size):
-            stop = min(start + self.batch_size, len(rows))
-            some = rows[np.minimum(np.arange(start, start + self.batch_size), len(rows) - 1)]  # the last one fills up
-            outs = forward(block, [a[some] for a in inputs], params, hooks)
-            if not results:
-                results = [self.memory.empty((len(rows), *o.shape[1:]), o.dtype) for o in outs]
-            for result, out in zip(results, outs, strict=True):
-                result[start:stop] = np.asarray(out)[: stop - start]
-        return results
 
 
 class Hooks:
@@ -186,8 +120,8 @@ def _drawn(size: int) -> np.ndarray:
 
 
 def fisher(
-    problem: Problem, blocks: Sequence[Block], memory: Memory, key: jax.Array, chunk: int = 16, normalised: bool = True
-) -> list[dict[int, np.ndarray]]:
+    problem: Problem, blocks: Sequence[Block], key: jax.Array, chunk: int = CHUNK, normalised: bool = True, on_disk: bool = False
+) -> list[dict[int, np.ndarray | OnDisk]]:
     """The diagonal Fisher of every block's outputs, one per example: squared gradients, `normalised` to mean 1.
 
     Labels are drawn from the float model's own prediction, so that the expectation of the squared gradient is the
@@ -207,7 +141,9 @@ def fisher(
     leaves = jax.tree.leaves(problem.params)
     inputs = [np.asarray(a) for a in jax.tree.leaves(problem.inputs)]
     keys = jax.random.split(key, problem.count)
-    found: list[dict[int, np.ndarray]] = [{} for _ in blocks]
+    found: list[dict[int, np.ndarray | OnDisk]] = [{} for _ in blocks]
+    totals: dict[tuple[int, int], float] = {}
+    dtype = jnp.bfloat16 if problem.bfloat16_caches else np.float32
     chunk = min(chunk, problem.count)
     for start in range(0, problem.count, chunk):
         rows = np.minimum(np.arange(start, start + chunk), problem.count - 1)
@@ -217,16 +153,18 @@ def fisher(
             shape = (problem.count, *grad.shape[2:])
             target = found[n].setdefault(position, None)
             if target is None:
-                target = found[n][position] = memory.empty(shape, np.float32)
-            target[start:stop] = np.square(np.asarray(grad[: stop - start, 0], np.float32))
+                target = found[n][position] = empty(shape, dtype, on_disk)
+            squares = np.square(np.asarray(grad[: stop - start, 0], np.float32))
+            target[start:stop] = squares
+            totals[n, position] = totals.get((n, position), 0.0) + float(squares.sum(dtype=np.float64))
         problem.show(stop, problem.count, "Fisher weights")
-    for block in found if normalised else ():
-        for value in block.values():
-            mean = float(value.mean(dtype=np.float64))
-            if mean > 0 and math.isfinite(mean):
-                value /= mean
-            else:
-                value[...] = 1
+    for (n, position), total in totals.items() if normalised else ():
+        value = found[n][position]
+        mean = total / math.prod(value.shape)
+        usable = mean > 0 and math.isfinite(mean)
+        for start in range(0, problem.count, chunk):
+            some = slice(start, start + chunk)
+            value[some] = value[some] / np.float32(mean) if usable else np.ones_like(value[some])
     return found
 
 

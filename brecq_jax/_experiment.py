@@ -34,6 +34,7 @@ class Experiment:
     solver: Solver | None = None
     blocks: str | Sequence[str] = "block"
     memory_budget_gb: float | None = None
+    bfloat16_caches: bool = False
     seed: int = 0
 
 
@@ -58,7 +59,7 @@ def execute(
             experiment.params, experiment.apply_fn, experiment.calib_ds,
             weights=experiment.weights, activations=experiment.activations, preset=experiment.preset,
             solver=experiment.solver, blocks=experiment.blocks, memory_budget_gb=experiment.memory_budget_gb,
-            resume=unfinished, mesh=mesh, key=jax.random.key(experiment.seed), progress=progress,
+            bfloat16_caches=experiment.bfloat16_caches, resume=unfinished, mesh=mesh, key=jax.random.key(experiment.seed), progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - start
         figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)

@@ -27,7 +27,7 @@ class Problem:
     `inputs`: the calibration inputs as the model takes them, examples on axis 0 of every array. `loss(outputs, key)`:
     the scalar whose gradients weigh the outputs of blocks; None: the model's own prediction (see `_calibrate.fisher`).
     `show(done, total, text)`: progress. `journal`: what an interrupted run of the same problem found, and where to keep more.
-    `mesh`: devices along its axis `data` share each batch of a loop.
+    `mesh`: devices along its axis `data` share each batch of a loop. `tell`: says what was planned.
     """
 
     apply_fn: Callable
@@ -38,7 +38,9 @@ class Problem:
     blocks: str | Sequence[str] = "block"
     loss: Callable | None = None
     memory_budget_gb: float | None = None
+    bfloat16_caches: bool = False
     show: Callable[[int, int, str], None] = lambda done, total, text: None
+    tell: Callable[[str], None] = lambda text: None
     journal: Journal | None = None
     mesh: Mesh | None = None
 

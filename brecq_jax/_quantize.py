@@ -38,6 +38,7 @@ def quantize(
     inputs: Any = None,
     loss: Callable | None = None,
     memory_budget_gb: float | None = None,
+    bfloat16_caches: bool = False,
     resume: str | pathlib.Path | None = None,
     mesh: Mesh | None = None,
     key: jax.Array | None = None,
@@ -61,8 +62,9 @@ def quantize(
       inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
         {"image": x} need nothing.
       loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
-      memory_budget_gb: a calibration set that holds more is refused (None: 8); the caches of blocks' inputs and targets
-        beyond it live on disk (None: all in memory).
+      memory_budget_gb: a calibration set that holds more is refused (None: 8). With it, what the set and a step leave is for the values
+        between blocks: in memory while it lasts, then computed again or in a file, by a plan that is printed (docs/pods.md; None: all in memory).
+      bfloat16_caches: hold them in half the bytes.
       resume: a folder that keeps each finished block, so that the same call goes on after the last of them if it was interrupted;
         it may be removed once the model is saved. None: nothing is kept.
       mesh: devices along its axis `data` share the cached examples and each batch: `jax.make_mesh((jax.device_count(),), ("data",))`.
@@ -84,7 +86,7 @@ def quantize(
     _check_params(params)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
-    problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb)
+    problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
     _, notes = partition(graph, blocks)
@@ -96,7 +98,8 @@ def quantize(
     with opened(resume, lambda: _made_of(problem, solver, key)) as journal, bar(progress) as show:
         if journal and progress:
             print(f"resume: {journal.kept} finished blocks are kept in {resume}")
-        problem = dataclasses.replace(problem, show=show, journal=journal, mesh=data_mesh(mesh))
+        tell = print if progress else problem.tell
+        problem = dataclasses.replace(problem, show=show, tell=tell, journal=journal, mesh=data_mesh(mesh))
         guess, _ = solvers.nearest()(problem, guess, key)
         quantized, info = solver(problem, guess, key)
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
@@ -139,6 +142,7 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
         "solver": digest(solver),
         "loss": digest(problem.loss),
         "memory_budget_gb": digest(problem.memory_budget_gb),
+        "bfloat16_caches": digest(problem.bfloat16_caches),
         "key": digest(key),
         "library": digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))]),
     }

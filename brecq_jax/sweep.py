@@ -9,6 +9,9 @@ alone are one row: mean ± sample standard deviation. `@FILE` stands for the arg
 A trial with a result is not run again, so that an interrupted sweep goes on where it stopped; one that was stopped half-way goes on
 after its last finished block. A trial that fails leaves its words in log.txt, and the others go on. Each process keeps to its share of the cores, so
 that seconds with `--jobs` above 1 are those of fewer cores.
+
+Compiled programs are kept in WORKDIR/compiled (or where JAX_COMPILATION_CACHE_DIR says), so that trials that differ in their seed alone compile theirs
+once: the first of each such group is run before the rest, and the seconds of the others have no compilation in them.
 """
 
 import argparse
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Trial]:
             raise ValueError(f"--jobs={known.jobs}: write at least 1, or 0 for the table alone.")
         trials = make_trials(known.config, known.workdir, fixed, known.vary)
         finished = {t.path for t in trials if t.result()}
-        unfinished = run_all([t for t in shard(trials, known.shard) if t.path not in finished], known.jobs)
+        unfinished = run_all(firsts_first([t for t in shard(trials, known.shard) if t.path not in finished]), known.jobs, known.workdir / "compiled")
         print(table(trials))
     except (ValueError, TypeError, FileNotFoundError) as error:
         parser.exit(2, f"{type(error).__name__}: {error}\n")
@@ -124,17 +127,33 @@ def shard(trials: list[Trial], text: str) -> list[Trial]:
     return trials[int(first) - 1 :: int(of)]
 
 
-def run_all(trials: list[Trial], jobs: int) -> dict[pathlib.Path, str]:
+def group(trial: Trial) -> tuple[tuple[str, str], ...]:
+    """What trials have in common that share their compiled programs, and a row of the table."""
+    return tuple((k, v) for k, v in trial.setting.items() if k != REPEAT)
+
+
+def firsts_first(trials: list[Trial]) -> list[Trial]:
+    """The first trial of each group, then the second of each, …: two that compile the same programs at once would both compile them."""
+    seen: dict[tuple, int] = {}
+    place = {}
+    for trial in trials:
+        place[trial.path] = seen[group(trial)] = seen.get(group(trial), 0) + 1
+    return sorted(trials, key=lambda t: place[t.path])
+
+
+def run_all(trials: list[Trial], jobs: int, compiled: pathlib.Path) -> dict[pathlib.Path, str]:
     """Run the trials, `jobs` at a time, each on its share of the cores; the last words of those that did not finish, by folder."""
     if not jobs:
         return {}
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []  # Linux has it
     shares = [set(cores[i % len(cores) :: jobs]) if cores else set() for i in range(jobs)]
     unfinished = {}
+    # All programs are kept, since a trial is made of many small ones; what the user set stands.
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(compiled.absolute()), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
 
     def run(trial: Trial):
         share = shares.pop()
-        words = _run(trial, share)
+        words = _run(trial, share, environment)
         shares.append(share)
         if words:
             unfinished[trial.path] = words
@@ -145,7 +164,7 @@ def run_all(trials: list[Trial], jobs: int) -> dict[pathlib.Path, str]:
     return unfinished
 
 
-def _run(trial: Trial, cores: set[int]) -> str | None:
+def _run(trial: Trial, cores: set[int], environment: dict[str, str]) -> str | None:
     """Run one trial in a process of its own; its last words if it did not finish."""
     trial.path.mkdir(parents=True, exist_ok=True)
     with (trial.path / "log.txt").open("a") as log:
@@ -155,7 +174,7 @@ def _run(trial: Trial, cores: set[int]) -> str | None:
             return "another sweep runs it"
         if trial.result() is None:
             log.truncate(0)
-            with subprocess.Popen(trial.command, stdout=log, stderr=log) as process:
+            with subprocess.Popen(trial.command, stdout=log, stderr=log, env=environment) as process:
                 if cores:
                     os.sched_setaffinity(process.pid, cores)
             if process.returncode or trial.result() is None:
@@ -168,8 +187,7 @@ def table(trials: list[Trial]) -> str:
     """A Markdown table of all trials; figures of what has finished, and how many of each row have."""
     rows: dict[tuple, list] = {}
     for trial in trials:
-        key = tuple((k, v) for k, v in trial.setting.items() if k != REPEAT)
-        rows.setdefault(key, []).append(trial.result())
+        rows.setdefault(group(trial), []).append(trial.result())
     results = [result for row in rows.values() for result in row if result]
     figures = list(dict.fromkeys(name for result in results for name in result["figures"]))
     keys = [k for k in trials[0].setting if k != REPEAT]

@@ -25,6 +25,7 @@ Time: not measured here. Paper's top-1 of ResNet-18 beside ours (no ImageNet on 
 import dataclasses
 import functools
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -50,7 +51,8 @@ class Config:
     learning_rate: float = 0.0  # the same
     preset: str = "brecq"
     blocks: str = "block"
-    memory_budget_gb: float = 0.0  # of blocks' inputs and targets; 0: all in memory
+    memory_budget_gb: float = 0.0  # of the calibration set, caches and a step; 0: all in memory
+    bfloat16_caches: bool = False
     seed: int = 0
 
     def build(self) -> Experiment:
@@ -61,7 +63,7 @@ class Config:
         model, variables = models.load_pretrained(self.architecture, self.weights)
         prepare = models.ARCHITECTURES[self.architecture].preprocessing
         calibration, scored = data.open_images(self.data, self.dataset)
-        scored = scored.spread(self.evaluation) if self.evaluation else scored
+        scored = scored.spread(-(-self.evaluation // jax.process_count())) if self.evaluation else scored
         pixels = data.calibration_crops(calibration, self.calibration, prepare.size, self.seed, prepare.interpolation)
         crop = functools.partial(data.center_crop, size=prepare.size, fraction=prepare.crop, interpolation=prepare.interpolation)
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
@@ -91,5 +93,6 @@ class Config:
             solver=solvers.by_name(self.method, **{k: v for k, v in settings.items() if v}),
             blocks=self.blocks,
             memory_budget_gb=self.memory_budget_gb or None,
+            bfloat16_caches=self.bfloat16_caches,
             seed=self.seed,
         )

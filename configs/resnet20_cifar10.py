@@ -33,6 +33,7 @@ class Config:
     learning_rate: float = 0.0  # the same
     preset: str = "brecq"
     blocks: str = "block"
+    bfloat16_caches: bool = False
     seed: int = 0
 
     def build(self) -> Experiment:
@@ -63,6 +64,7 @@ class Config:
             preset=self.preset or None,
             solver=solver,
             blocks=self.blocks,
+            bfloat16_caches=self.bfloat16_caches,
             seed=self.seed,
         )
 

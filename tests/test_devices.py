@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import brecq_jax
 from brecq_jax import _sharding
@@ -85,15 +86,40 @@ def test_two_processes_give_the_codes_of_one(tmp_path):
     (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
     words = [sys.executable, "-m", "brecq_jax", f"--config={tmp_path / 'config.py'}", "--quiet", "--config.num_steps=20"]
     subprocess.run([*words, f"--workdir={tmp_path / 'one'}"], check=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        at = f"localhost:{free.getsockname()[1]}"
+    at = free_address()
     pair = [subprocess.Popen([*words, f"--workdir={tmp_path / 'two'}", f"--process={i}/2@{at}"]) for i in range(2)]
     assert [process.wait(timeout=600) for process in pair] == [0, 0]
     one, two = (jax.tree.leaves(brecq_jax.restore(tmp_path / name / "model", None).params) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4) if jnp.issubdtype(a.dtype, jnp.floating) else np.testing.assert_array_equal(a, b)
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+READ = """
+    import sys
+    import jax
+    import numpy as np
+    from brecq_jax import data
+
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    calibration, scored = data.open_images(sys.argv[3])
+    reds = [int(image[0, 0, 0]) for images, _ in data.stream(scored, np.asarray, 2) for image in images]
+    print(len(calibration), *reds)
+"""
+
+
+def test_two_processes_share_out_the_images_of_a_folder(tmp_path):
+    for n in range(9):
+        Image.new("RGB", (4, 4), (10 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    words = [sys.executable, "-c", textwrap.dedent(READ), free_address()]
+    pair = [subprocess.Popen([*words, str(i), str(tmp_path)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    assert [process.communicate(timeout=300)[0].split() for process in pair] == [["5", "10", "50"], ["5", "30", "70"]]
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 def test_examples_that_cannot_be_shared_evenly_are_filled_up():

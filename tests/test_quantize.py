@@ -255,13 +255,13 @@ def test_presets_say_what_they_do(digits):
 
 def test_fisher_weights_are_the_squared_gradients_of_the_sampled_loss(digits):
     """Against jax.grad of a hand-written tail: the head's logits, whose gradient is p − onehot(y)."""
-    from brecq_jax._calibrate import Memory, fisher
+    from brecq_jax._calibrate import fisher
     from brecq_jax._model import Problem
 
     problem = Problem(digits.model.apply, digits.variables, None, digits.train_images[:8], 8)
     blocks = problem.units(8)
     key = jax.random.key(3)
-    got = fisher(problem, blocks, Memory(None), key)[-1][0]
+    got = fisher(problem, blocks, key)[-1][0]
     logits = digits.model.apply(digits.variables, digits.train_images[:8])
     keys = jax.random.split(key, 8)
     labels = jnp.stack([jax.random.categorical(k, l[None])[0] for k, l in zip(keys, logits, strict=True)])

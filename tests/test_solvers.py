@@ -131,7 +131,7 @@ def test_the_rest_of_the_net_gives_the_net(digits):
             params = [param_values(walk.drawn_graph, b, walk.leaves) for b in tail.blocks]
             np.testing.assert_allclose(tail.run([t[:8] for t in targets], params), walk.predictions[:8], rtol=1e-4, atol=1e-4)
             tails += 1
-        walk.exact.advance(block, targets)
+        walk.exact.advance(block, param_values(walk.graph, block, walk.leaves), outputs=targets)
     assert tails == len(walk.blocks) - 1
     free = solvers.Reconstruction(prediction=solvers.Prediction(cost=0.0))
     assert _tail(free, walk, Unit(0, walk.blocks[0], (), (), targets)) is None

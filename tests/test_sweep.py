@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from brecq_jax.sweep import main, make_trials, shard, table
+from brecq_jax.sweep import firsts_first, main, make_trials, shard, table
 
 CONFIG = """
     import dataclasses
@@ -133,6 +133,16 @@ def test_seeds_share_a_row_with_mean_and_sample_deviation(sweep):
     for trial, score in zip(trials[:4], (1.0, 2.0, 4.5, 7.0), strict=True):
         made_up(trial, score=score)
     assert table(trials).splitlines()[2:] == ["|1|x|3 of 3|2.50 ± 1.80|3 ± 0|", "|2|y|1 of 3|7.00|3|"]
+
+
+def test_of_trials_that_share_compiled_programs_one_goes_first(sweep, monkeypatch):
+    trials = firsts_first(trials_of(sweep, "a=1,2", "seed=0,1"))
+    assert [t.setting for t in trials] == [{"a": a, "seed": seed} for seed in "01" for a in "12"]
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    sweep("--vary=a=1", "--vary=seed=0")
+    first = set((sweep.folder / "compiled").glob("*-cache"))
+    sweep("--vary=a=1", "--vary=seed=1")
+    assert first == set((sweep.folder / "compiled").glob("*-cache"))
 
 
 def test_results_of_other_settings_are_not_taken_for_these(sweep, capsys):

@@ -43,7 +43,10 @@ def photographs(size: int, count: int, seed: int, split: Literal["calibration", 
         raise ModuleNotFoundError(f"photographs: no {', '.join(missing)} here. pip install scikit-image scikit-learn")
     sources = [Image.open(path).convert("RGB") for path in paths.values()]
     draw = np.random.default_rng(seed)
-    return np.stack([_random_crop(sources[i % len(sources)], size, draw) for i in range(count)])
+    crops = np.empty((count, size, size, 3), np.uint8)  # a list of them and their stack would take twice that
+    for i in range(count):
+        crops[i] = _random_crop(sources[i % len(sources)], size, draw)
+    return crops
 
 
 def _in_package(name: str) -> pathlib.Path | None:

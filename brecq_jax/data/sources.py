@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -119,8 +120,9 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
     Args:
       path: a folder with folders `train` and `val`; or any other folder of images, of which every other one scores; or
         tfds's data_dir ("": its own default) if there is a
-      dataset: name of a tfds data set that was prepared as array_record: its train and its validation (or test) split. Of several
-        JAX processes each scores its share of the latter, and all see the same former.
+      dataset: name of a tfds data set that was prepared as array_record: its train and its validation (or test) split.
+
+    Of several JAX processes each scores its share of the latter, and all see the same former.
 
     Raises:
       ValueError: no images, or a data set in another file format.
@@ -129,11 +131,16 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
         return _tfds_splits(dataset, str(path) or None)
     root = pathlib.Path(path)
     if (root / CALIBRATION_FOLDER).is_dir() and (root / EVALUATION_FOLDER).is_dir():
-        return image_folder(root / CALIBRATION_FOLDER), image_folder(root / EVALUATION_FOLDER)
+        return image_folder(root / CALIBRATION_FOLDER), own_share(image_folder(root / EVALUATION_FOLDER))
     images = image_folder(root)
     if len(images) < 2:
         raise ValueError(f"data: {root} holds one image. Pass some to calibrate on, and some to score.")
-    return images[::2], images[1::2]
+    return images[::2], own_share(images[1::2])
+
+
+def own_share(images: Images) -> Images:
+    """Of several JAX processes, the images of this one: every so-manieth, so that none is left and none comes twice."""
+    return images[jax.process_index() :: jax.process_count()]
 
 
 def _tfds_splits(dataset: str, data_dir: str | None) -> tuple[Images, Images]:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brecq_jax._calibrate import Stream
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import Block, Program, run
 from brecq_jax._model import Quantized, site_hooks
+from brecq_jax._stream import Stream
 from brecq_jax.formats import Grid, fake_quantize
 
 ALL_SETS = 4  # weights in a block of which every set is tried (the paper's largest block); pairs alone beyond

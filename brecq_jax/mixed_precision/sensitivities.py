@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from brecq_jax import data
-from brecq_jax._calibrate import Memory, Stream, fisher, learned_outputs
+from brecq_jax._calibrate import fisher, learned_outputs
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Program, Quantized
@@ -158,12 +158,12 @@ def _round_choices(problem: Problem, graph: Graph, weights, activations, solver:
 
 def _walk(problem: Problem, graph: Graph, candidates: Candidates, open: set[str], error: Callable, key: jax.Array):
     """Losses and interactions of all open decisions, block by block."""
-    size, memory = min(BATCH, problem.count), Memory(None)
+    size = min(BATCH, problem.count)
     blocks = problem.units(size)
-    stream = Stream(graph, blocks, problem.inputs, size, memory)
+    stream = Stream(graph, blocks, problem.inputs, size)
     importance = None
     if error in (divergence, fisher_error):
-        importance = fisher(problem, blocks, memory, key, normalised=error is fisher_error)
+        importance = fisher(problem, blocks, key, normalised=error is fisher_error)
     losses: dict[str, np.ndarray] = {}
     interactions: dict[tuple[str, ...], float] = {}
     for number, block in enumerate(blocks):
@@ -188,6 +188,6 @@ def _walk(problem: Problem, graph: Graph, candidates: Candidates, open: set[str]
                     losses[name[0]] = losses.get(name[0], 0.0) + own
                 else:
                     interactions[name] = interactions.get(name, 0.0) + float(own)
-        stream.advance(block, targets)
+        stream.advance(block, floats, outputs=targets)
         problem.show(number + 1, len(blocks), "sensitivities")
     return losses, interactions

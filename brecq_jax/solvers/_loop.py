@@ -61,14 +61,17 @@ class Static(NamedTuple):
     kinds: tuple[str, ...]  # of variables
     tail: Tail | None
     count: int  # of examples to draw from
+    dtypes: tuple  # of the block's inputs, which caches may hold in fewer bits
     mesh: Mesh | None  # whose devices share each batch
 
 
-def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callable[[int], None]) -> Iterator[Any]:
+def loop(
+    static: Static, variables, fixed, data: Batch | Callable[[np.ndarray], Batch], key, show: Callable[[int], None]
+) -> Iterator[Any]:
     """Yields the variables at each of `settings.checks` evenly spaced steps, the last one included.
 
-    `rows` None: `data` is on the devices. Otherwise it lies on disk, and batches of `rows` are gathered on the host. What
-    is yielded is gone when the next is asked for: its buffers are used again.
+    `data`: all examples, on the devices; or a function that makes the batch of some of them. What is yielded is gone when the next is
+    asked for: its buffers are used again.
     """
     mesh, on_cpu = static.mesh, jax.default_backend() == "cpu"
     chunk = SHARED_CPU_CHUNK if mesh and on_cpu else CHUNK
@@ -79,10 +82,10 @@ def loop(static: Static, variables, fixed, data: Batch, rows, key, show: Callabl
     for stop in stops:
         while done < stop:
             until = min(stop, done + chunk)
-            if rows is not None:
+            if callable(data):
                 for i in range(done, until):
-                    draw = rows[np.asarray(drawn(key, i, static.count, static.batch_size))]
-                    state = _update(static, state, fixed, jax.tree.map(lambda a, d=draw: spread(mesh, a[d]), data), key, i)
+                    batch = data(np.asarray(drawn(key, i, static.count, static.batch_size)))
+                    state = _update(static, state, fixed, jax.tree.map(lambda a: spread(mesh, a), batch), key, i)
             elif on_cpu:  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
                 for i in range(done, until):
                     state = _step(static, state, fixed, data, key, i)
@@ -135,10 +138,10 @@ def _draw_and_update(static: Static, state, fixed, data, key, i):
 def _one_update(static: Static, state, fixed, batch: Batch, key, i):
     settings, (variables, opt_state) = static.settings, state
     key_inputs, key_inside = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, i), 1))
-    inputs, drop = batch.inputs, None
+    inputs, drop = [x.astype(d) for x, d in zip(batch.inputs, static.dtypes, strict=True)], None
     if settings.drop_prob and static.formats:
         drop = settings.drop_prob, key_inside
-        pairs = enumerate(zip(batch.exact_inputs, batch.inputs, strict=True))
+        pairs = enumerate(zip([x.astype(d) for x, d in zip(batch.exact_inputs, static.dtypes, strict=True)], inputs, strict=True))
         inputs = [dropped(settings.drop_prob, jax.random.fold_in(key_inputs, n), exact, rough) for n, (exact, rough) in pairs]
 
     def loss(variables):
@@ -152,7 +155,7 @@ def _one_update(static: Static, state, fixed, batch: Batch, key, i):
         outputs = run_local(static.program, static.formats, static.whole_values, inputs, params, fixed["constants"], grids, drop, on_op)
         weights = batch.importance or [None] * len(batch.targets)
         for position, target, weight in zip(static.positions, batch.targets, weights, strict=True):
-            total += jnp.mean(settings.error(outputs[position], target, weight))
+            total += jnp.mean(settings.error(outputs[position], target.astype(outputs[position].dtype), weight))
         if static.tail:
             predicted = static.tail.run(outputs, fixed["tail"])
             total += settings.prediction.weight * jnp.mean(divergence(predicted, batch.predictions[0]))

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from brecq_jax._calibrate import Hooks, Memory, Stream, fisher, learned_outputs
+from brecq_jax._calibrate import Hooks, fisher, learned_outputs
 from brecq_jax._interpret import Block, param_values, whole
+from brecq_jax._memory import STREAM, OnDisk, plan_caches
 from brecq_jax._model import Problem, Quantized
+from brecq_jax._stream import Stream
 from brecq_jax.formats import ScalarFormat
 from brecq_jax.solvers._solver import Info, split
 
@@ -38,7 +40,6 @@ def _per_example(squares):
 
 
 TINY = 1e-12  # energy of a target that is zero everywhere
-STREAM = 32  # examples that pass a block at once, where nothing is drawn
 
 
 class Unit(NamedTuple):
@@ -48,7 +49,7 @@ class Unit(NamedTuple):
     block: Block
     weights: tuple[str, ...]  # names of weights that no earlier unit decided
     sites: tuple[str, ...]  # names of activations likewise
-    targets: list[np.ndarray]  # the float model's outputs, all examples
+    targets: list[np.ndarray | OnDisk] | None  # the float model's outputs, all examples, where they are held
 
 
 class Stage(NamedTuple):
@@ -67,20 +68,26 @@ class Walk:
 
     def __init__(
         self, problem: Problem, batch_size: int = STREAM, unit: str | None = None, error: Callable = squared_error,
-        activations: bool = False, key: jax.Array | None = None,
+        activations: bool = False, key: jax.Array | None = None, dropping: bool = False,
     ):  # fmt: skip
         self.problem, self.error, self.activations = problem, error, activations
         self.train, self.held_out = split(problem.count)
         self.batch_size = min(batch_size, len(self.train))
-        stream = min(STREAM, len(self.train))
+        graph, blocks = self.drawn_graph, self.drawn_blocks = problem.graph(self.batch_size), problem.units(self.batch_size, unit)  # what a loop runs
+        learned = [[b.outs[p] for p in learned_outputs(graph, b)] for b in blocks] if error is fisher_error else None
+        self.caches = plan_caches(
+            graph, blocks, problem.count, problem.memory_budget_gb, self.batch_size, learned, dropping, problem.bfloat16_caches
+        )
+        problem.tell(self.caches.text)
+        stream = min(self.caches.stream, len(self.train))
         self.graph, self.blocks = problem.graph(stream), problem.units(stream, unit)
-        self.drawn_graph, self.drawn_blocks = problem.graph(self.batch_size), problem.units(self.batch_size, unit)  # what a loop runs
-        self.memory = Memory(problem.memory_budget_gb)
-        self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, self.memory) for _ in range(2))
+        held = self.caches.places, problem.bfloat16_caches
+        self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, *held) for _ in range(2))
         self.leaves = problem.leaves
         self.importance = None
         if error is fisher_error:
-            self.importance = fisher(dataclasses.replace(problem, blocks=unit or problem.blocks), self.blocks, self.memory, key)
+            own = dataclasses.replace(problem, blocks=unit or problem.blocks)
+            self.importance = fisher(own, self.blocks, key, self.caches.chunk, on_disk=self.caches.importance_on_disk)
 
     def hooks(self, model: Quantized) -> Hooks | None:
         """Activation quantization as the walk runs it."""
@@ -93,7 +100,7 @@ class Walk:
         if len(self.graph.flat.outputs) != 1:
             return None
         net = whole(self.graph)
-        stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size, self.memory)
+        stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size)
         (outputs,) = stream.outputs(net, param_values(self.graph, net, self.leaves))
         return outputs if outputs.ndim >= 2 and outputs.shape[-1] > 1 and np.issubdtype(outputs.dtype, np.floating) else None
 
@@ -104,22 +111,38 @@ class Walk:
 
     def judge(self, unit: Unit, model: Quantized) -> float:
         """The unit's error with this model, on the examples that judge."""
-        outputs = self.rough.outputs(unit.block, model.values(self.graph, unit.block), self.hooks(model), self.held_out)
+        params, hooks = model.values(self.graph, unit.block), self.hooks(model)
+        at_once = len(self.held_out) if unit.targets else self.rough.batch_size
         total = 0.0
-        for position in learned_outputs(self.graph, unit.block):
-            weights = 1.0 if self.importance is None else self.importance[unit.number][position][self.held_out]
-            errors = self.error(outputs[position], unit.targets[position][self.held_out], weights)
-            total += float(np.mean(np.asarray(errors)))
-        for array in outputs:
-            self.memory.free(array)
+        for start in range(0, len(self.held_out), at_once):
+            rows = self.held_out[start : start + at_once]
+            outputs, targets = self.rough.outputs(unit.block, params, hooks, rows), self.targets(unit, rows)
+            for position, importance in self.importances(unit, rows).items():
+                errors = self.error(outputs[position], targets[position], importance)
+                total += float(np.sum(np.asarray(errors))) / len(self.held_out)
         return total
+
+    def targets(self, unit: Unit, rows: np.ndarray) -> list:
+        """The float model's outputs of the unit, of the examples in `rows`."""
+        if unit.targets is None:
+            return self.exact.outputs(unit.block, param_values(self.graph, unit.block, self.leaves), rows=rows)
+        types = self.graph.flat.types
+        return [t[rows].astype(types[i].dtype) for i, t in zip(unit.block.outs, unit.targets, strict=True)]
+
+    def importances(self, unit: Unit, rows: np.ndarray) -> dict[int, np.ndarray | float]:
+        """Position of each output that is compared -> Fisher weights of the examples in `rows`, or 1."""
+        return {
+            p: 1.0 if self.importance is None else self.importance[unit.number][p][rows].astype(np.float32)
+            for p in learned_outputs(self.graph, unit.block)
+        }
 
     def improve(self, guess: Quantized, stages: Sequence[Stage]) -> tuple[Quantized, Info]:
         """Unit by unit, ask each stage for a better model, and keep it where the held-out error fell."""
         decided: set[str] = set()
         current, infos = guess, []
         for n, block in enumerate(self.blocks):
-            targets = self.exact.outputs(block, param_values(self.graph, block, self.leaves))
+            floats, place = param_values(self.graph, block, self.leaves), self.caches.places[n + 1]
+            targets = None if place == "recomputed" else self.exact.outputs(block, floats, place=place)
             weights = [w for w in dict.fromkeys(op.weight for op in block.ops) if w not in decided and self.chooses(current, w)]
             sites = [s for s in block.sites if s in current.activations and f"reads {s}" not in decided] if self.activations else []
             unit = Unit(n, block, tuple(weights), tuple(sites), targets)
@@ -127,8 +150,8 @@ class Walk:
                 current, some = self.improve_unit(unit, current, stages)
                 infos += some
             decided.update(weights, (f"reads {s}" for s in sites))
-            self.exact.advance(block, targets)
-            self.rough.advance(block, self.rough.outputs(block, current.values(self.graph, block), self.hooks(current)))
+            self.exact.advance(block, floats, outputs=targets)
+            self.rough.advance(block, current.values(self.graph, block), self.hooks(current))
         return current, tuple(infos)
 
     def improve_unit(self, unit: Unit, current: Quantized, stages: Sequence[Stage]) -> tuple[Quantized, list[dict]]:

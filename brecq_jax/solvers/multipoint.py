@@ -51,13 +51,13 @@ def _readable(q, program, local) -> bool:
 def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, found = current.values(walk.graph, block), {}
-    inputs, size = walk.rough.inputs_of(block), walk.rough.batch_size
+    size = walk.rough.batch_size
     starts = range(0, len(walk.train) - size + 1, size)
     for number, (op, local) in enumerate(zip(block.ops, block.program.ops, strict=True)):
         q = current.weight(walk.graph.weights[op.weight])
         if op.weight not in unit.weights or op.weight in found or not _readable(q, block.program, local):
             continue
-        batches = ([a[walk.train[start : start + size]] for a in inputs] for start in starts)
+        batches = (walk.rough.inputs(block, walk.train[start : start + size]) for start in starts)
         keep = -(-ROWS // len(starts))
         grams = [_quadratic.gram(block.program, number, keep, batch, params, list(block.constants)) for batch in batches]
         rows = to_rows(floats[local.weight].astype(jnp.float32), q.channel_axes)

@@ -1,10 +1,13 @@
 """Round every weight to the nearest point of a grid fitted to it: the start of everything else."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax._calibrate import Sample, observe
+from brecq_jax._memory import GB, PASS, at_once, values_bytes
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import quantize_array
 from brecq_jax.formats import Format, Grid, PerToken
@@ -43,7 +46,10 @@ def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] 
     if not formats:
         return guess
     leaves = jax.tree.leaves(guess.dequantized()) if leaves is None else leaves
-    samples = observe(problem, leaves, BATCH, tuple(formats))
+    batch = min(BATCH, problem.count)
+    graph, blocks = problem.graph(batch), problem.units(batch)
+    left = (math.inf if problem.memory_budget_gb is None else problem.memory_budget_gb * GB) - sum(a.nbytes for a in jax.tree.leaves(problem.inputs))
+    samples = observe(problem, leaves, at_once(batch, PASS * max(values_bytes(graph, blocks, batch)), left), tuple(formats))
     for name, sample in samples.items():
         if not np.isfinite(sample.values).all():
             raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")

@@ -89,7 +89,8 @@ def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, wei
     steps = settings.num_steps if weights else settings.act_steps
     if not steps and not (weights and settings.start):
         return guess, ()
-    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher)
+    dropping = bool(settings.drop_prob) and activations
+    walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher, dropping)
     if problem.mesh and walk.batch_size % problem.mesh.shape[AXIS]:
         raise ValueError(f"mesh: {problem.mesh.shape[AXIS]} devices cannot share batches of {walk.batch_size} evenly. Write another batch_size.")
     stages = [stage(settings.start, walk)] if weights and settings.start else []
@@ -134,12 +135,12 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     positions = learned_outputs(walk.drawn_graph, block)
     static = Static(
         block.program, settings, steps, walk.batch_size, positions, formats, whole_values, written, tuple(variables), tail,
-        len(walk.train), walk.problem.mesh,
+        len(walk.train), tuple(walk.drawn_graph.flat.types[i].dtype for i in block.ins), walk.problem.mesh,
     )  # fmt: skip
-    data, drawn = _data(settings, walk, unit, tail)
+    data = _data(settings, walk, unit, tail)
     show = functools.partial(walk.problem.show, total=steps, text=block.name)
     best, least, waited = current, math.inf, 0
-    for found in loop(static, variables, arguments, data, drawn, jax.random.fold_in(key, unit.number), show):
+    for found in loop(static, variables, arguments, data, jax.random.fold_in(key, unit.number), show):
         candidate = model(found)
         error = walk.judge(unit, candidate)
         best, least, waited = (candidate, error, 0) if error < least else (best, least, waited + 1)
@@ -148,18 +149,27 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     return best
 
 
-def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -> tuple[Batch, np.ndarray | None]:
-    """What a loop draws batches from, of the examples that are learned from: on the devices, or on disk with their rows."""
-    positions = learned_outputs(walk.graph, unit.block)
-    importance = [] if walk.importance is None else [walk.importance[unit.number][p] for p in positions]
+def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -> Batch | Callable[[np.ndarray], Batch]:
+    """What a loop draws batches from, of the examples that are learned from: on the devices, or a function of their positions."""
+    positions, block = learned_outputs(walk.graph, unit.block), unit.block
     dropping = settings.drop_prob and walk.activations
-    data = Batch(
-        walk.rough.inputs_of(unit.block), walk.exact.inputs_of(unit.block) if dropping else [],
+
+    def batch(drawn: np.ndarray) -> Batch:
+        rows = walk.train[drawn]
+        targets, importance = walk.targets(unit, rows), list(walk.importances(unit, rows).values()) if walk.importance else []
+        return Batch(
+            walk.rough.inputs(block, rows), walk.exact.inputs(block, rows) if dropping else [],
+            [targets[p] for p in positions], importance, [walk.predictions[rows]] if tail else [],
+        )  # fmt: skip
+
+    if not walk.caches.on_device[unit.number]:
+        return batch
+    importance = [walk.importance[unit.number][p] for p in positions] if walk.importance else []
+    held = Batch(
+        walk.rough.inputs_of(block), walk.exact.inputs_of(block) if dropping else [],
         [unit.targets[p] for p in positions], importance, [walk.predictions] if tail else [],
     )  # fmt: skip
-    if walk.memory.spilled:
-        return data, walk.train
-    return jax.tree.map(lambda a: spread(walk.problem.mesh, a[walk.train]), data), None
+    return jax.tree.map(lambda a: spread(walk.problem.mesh, a[walk.train]), held)
 
 
 def _tail(settings: Reconstruction, walk: Walk, unit: Unit) -> Tail | None:

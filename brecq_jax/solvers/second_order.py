@@ -48,10 +48,10 @@ def stage(settings: SecondOrder, walk: Walk) -> Stage:
 def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, learned = current.values(walk.graph, block), {}
-    exact, rough = walk.exact.inputs_of(block), walk.rough.inputs_of(block)
     size = walk.rough.batch_size
     starts = range(0, len(walk.train) - size + 1, size)
-    types = _quadratic.program_types(block.program, [a[:size] for a in rough], params, block.constants)
+    inputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (walk.graph.flat.types[i] for i in block.ins)]
+    types = _quadratic.program_types(block.program, inputs, params, block.constants)
     hooks = walk.hooks(current)
     formats, grids, whole_values = hooks.of(block) if hooks else ((), {}, False)
     for number, (op, local) in enumerate(zip(block.ops, block.program.ops, strict=True)):
@@ -67,7 +67,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
             total = None
             for start in starts:
                 rows = walk.train[start : start + size]
-                arguments = [a[rows] for a in rough], params, [a[rows] for a in exact], floats, list(block.constants), grids
+                arguments = walk.rough.inputs(block, rows), params, walk.exact.inputs(block, rows), floats, list(block.constants), grids
                 part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments)
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
             gram, cross, count = total
