@@ -33,10 +33,20 @@ def relative_error(output: Float[Array, "batch *feature"], target: Float[Array, 
     return squared_error(output, target, importance) / (jnp.mean(_per_example(jnp.square(target))) + TINY)
 
 
+def position_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
+    """`relative_error` of the positions that the prediction depends on: each counts by its Fisher, the mean of its channels.
+
+    So padding counts nothing, of which a masked model's prediction knows nothing.
+    """
+    weight = jnp.mean(importance, -1, keepdims=True)
+    return _per_example(weight * jnp.square(output - target)) / (jnp.mean(_per_example(weight * jnp.square(target))) + TINY)
+
+
 def _per_example(squares):
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
+WEIGHTED = (fisher_error, position_error)  # errors that take the Fisher weights
 TINY = 1e-12  # energy of a target that is zero everywhere
 STREAM = 32  # examples that pass a block at once, where nothing is drawn
 
@@ -79,7 +89,7 @@ class Walk:
         self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, self.memory) for _ in range(2))
         self.leaves = problem.leaves
         self.importance = None
-        if error is fisher_error:
+        if error in WEIGHTED:
             self.importance = fisher(dataclasses.replace(problem, blocks=unit or problem.blocks), self.blocks, self.memory, key)
 
     def hooks(self, model: Quantized) -> Hooks | None:
