@@ -7,7 +7,8 @@ r"""MiniLM, a BERT of six layers whose embeddings find sentences: how many neare
 file that `data.rated_sentences` reads, and says where there is one. docs/results.md holds the measured figures.
 
 `agreement`: of the sentences that are scored, how many have the same nearest neighbour among the others, all embedded by the quantized
-model, as with the float model. Calibration sentences are others that are at least so long as `length`: padding would be learned as if it counted.
+model, as with the float model. Calibration sentences are others: the longest, without padding, or with `any_length` as they come, padding counting
+nothing (`solvers.position_error`).
 """
 
 import dataclasses
@@ -17,21 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax import Experiment, data, models, solvers
-from brecq_jax.formats import PerToken, RowUniform, Uniform
+from brecq_jax.formats import Binary, PerToken, RowUniform, Ternary, Uniform
 
 
 @dataclasses.dataclass
 class Config:
     weights: str = ""
     sentences: str = ""
+    format: str = "uniform"  # or ternary, binary: a scale for each output channel, whatever weight_bits and group_size say
     weight_bits: int = 4
-    group_size: int = 64  # of weights, and of activations per token; 0: a scale for each output channel, and for each token
+    group_size: int = 64  # of weights; 0: a scale for each output channel
     table_bits: int = 8  # of the word embeddings
+    table_group: int = 0  # so many elements share a scale; 0: a row does
     act_bits: int = 8  # 0: float
+    act_group: int = 64  # so many elements of a token share a range; 0: a token does
     per_token: bool = True  # ranges of activations are found for each token; False: calibrated, one for all
+    float_values: str = ""  # a pattern of what stays float of what ops read, beside act_bits
     method: str = "annealed"  # a name that `solvers.by_name` knows
     num_steps: int = 100
     calibration: int = 128
+    any_length: bool = False
     length: int = 32  # tokens; longer sentences are cut
     evaluation: int = 1000
     blocks: str = "block"
@@ -46,7 +52,8 @@ class Config:
         order = np.random.default_rng(0).permutation(len(sentences))
         tokens = data.tokenized([sentences[i] for i in order], folder / "tokenizer.json", self.length)
         scored, others = ({k: a[rows] for k, a in tokens.items()} for rows in (slice(self.evaluation), slice(self.evaluation, None)))
-        longest = np.argsort(-others["attention_mask"].sum(1), kind="stable")[: self.calibration]
+        lengths = others["attention_mask"].sum(1)
+        calibration = np.arange(len(lengths)) if self.any_length else np.argsort(-lengths, kind="stable")
 
         def evaluate(float_apply, quantized_apply):
             exact, rough = (embed(apply, scored) for apply in (float_apply, quantized_apply))
@@ -54,17 +61,23 @@ class Config:
             same = nearest(exact) == nearest(rough)
             return {"cosine": float(cosines.mean()), "least_cosine": float(cosines.min()), "agreement": 100 * float(same.mean())}
 
+        formats = {"uniform": Uniform(self.weight_bits, granularity=self.group_size or None), "ternary": Ternary(), "binary": Binary()}
+        if self.format not in formats:
+            raise ValueError(f"format={self.format!r}: write one of {', '.join(formats)}.")
+        table = Uniform(self.table_bits, granularity=self.table_group) if self.table_group else RowUniform(self.table_bits)
         activations = None
         if self.act_bits:
-            activations = PerToken(self.act_bits, self.group_size or None) if self.per_token else Uniform(self.act_bits)
+            reads = PerToken(self.act_bits, self.act_group or None) if self.per_token else Uniform(self.act_bits)
+            activations = {self.float_values: None, ".*": reads} if self.float_values else reads
+        settings = {"error": solvers.position_error} if self.any_length else {}
         return Experiment(
             variables,
             model.apply,
-            {k: a[longest] for k, a in others.items()},
+            {k: a[calibration[: self.calibration]] for k, a in others.items()},
             evaluate,
-            weights={"word/embedding": RowUniform(self.table_bits), ".*": Uniform(self.weight_bits, granularity=self.group_size or None)},
+            weights={"word/embedding": table, ".*": formats[self.format]},
             activations=activations,
-            solver=solvers.by_name(self.method, num_steps=self.num_steps),
+            solver=solvers.by_name(self.method, num_steps=self.num_steps, **settings),
             blocks=self.blocks,
             seed=self.seed,
         )

@@ -8,6 +8,7 @@ import pytest
 import brecq_jax
 from brecq_jax import deploy, models, solvers
 from brecq_jax._blocks import partition
+from brecq_jax._qarray import is_qarray
 from brecq_jax.formats import PerToken, Sparq, Uniform
 
 LENGTH = 12
@@ -67,6 +68,19 @@ def test_learned_rounding_beats_nearest(encoder):
         for s in (solvers.nearest(), solvers.annealed(num_steps=150))
     )
     assert learned > nearest + 0.02
+
+
+def test_padding_counts_nothing_where_positions_are_weighed(encoder):
+    """Twice as much padding, and the same codes but for the last bits of sums."""
+    model, variables, tokens = encoder
+    padded = {k: np.pad(a, ((0, 0), (0, 4))) for k, a in tokens.items()}
+    solver = solvers.annealed(num_steps=20, error=solvers.position_error)
+    some, others = (
+        quantize(model, variables, inputs, weights={"word.*": None, ".*": Uniform(3)}, activations=None, solver=solver) for inputs in (tokens, padded)
+    )
+    pairs = [(a.codes, b.codes) for a, b in zip(*(jax.tree.leaves(m.params, is_leaf=is_qarray) for m in (some, others)), strict=True) if is_qarray(a)]
+    assert len(pairs) == 12
+    assert np.mean([np.mean(a == b) for a, b in pairs]) > 0.995
 
 
 def test_ranges_of_tokens_need_no_grid_and_are_better_where_tokens_differ(encoder):

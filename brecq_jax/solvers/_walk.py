@@ -35,10 +35,20 @@ def relative_error(output: Float[Array, "batch *feature"], target: Float[Array, 
     return squared_error(output, target, importance) / (jnp.mean(_per_example(jnp.square(target))) + TINY)
 
 
+def position_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
+    """`relative_error` of the positions that the prediction depends on: each counts by its Fisher, the mean of its channels.
+
+    So padding counts nothing, of which a masked model's prediction knows nothing.
+    """
+    weight = jnp.mean(importance, -1, keepdims=True)
+    return _per_example(weight * jnp.square(output - target)) / (jnp.mean(_per_example(weight * jnp.square(target))) + TINY)
+
+
 def _per_example(squares):
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
+WEIGHTED = (fisher_error, position_error)  # errors that take the Fisher weights
 TINY = 1e-12  # energy of a target that is zero everywhere
 
 
@@ -74,7 +84,7 @@ class Walk:
         self.train, self.held_out = split(problem.count)
         self.batch_size = min(batch_size, len(self.train))
         graph, blocks = self.drawn_graph, self.drawn_blocks = problem.graph(self.batch_size), problem.units(self.batch_size, unit)  # what a loop runs
-        learned = [[b.outs[p] for p in learned_outputs(graph, b)] for b in blocks] if error is fisher_error else None
+        learned = [[b.outs[p] for p in learned_outputs(graph, b)] for b in blocks] if error in WEIGHTED else None
         self.caches = plan_caches(
             graph, blocks, problem.count, problem.memory_budget_gb, self.batch_size, learned, dropping, problem.bfloat16_caches
         )
@@ -85,7 +95,7 @@ class Walk:
         self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, *held) for _ in range(2))
         self.leaves = problem.leaves
         self.importance = None
-        if error is fisher_error:
+        if error in WEIGHTED:
             own = dataclasses.replace(problem, blocks=unit or problem.blocks)
             self.importance = fisher(own, self.blocks, key, self.caches.chunk, on_disk=self.caches.importance_on_disk)
 
