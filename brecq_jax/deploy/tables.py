@@ -14,8 +14,7 @@ from brecq_jax._qarray import QArray, to_rows
 from brecq_jax.formats import ClusterCodebook, RowCodebook, RowUniform
 
 RowFormat = RowUniform | RowCodebook | ClusterCodebook
-ELEMENTS_AT_ONCE = 2**20  # of a table that is packed: the floats of so many stay in a core's outer cache
-SUMMED_AT_ONCE = 2**18  # of a table whose rows are summed on the host
+ELEMENTS_AT_ONCE = 2**20  # of a table that is packed, or summed on the host: so many floats stay in a core's outer cache
 SAMPLED_ROWS = 65_536  # evenly spread over the table: what shared codebooks are fitted to
 
 
@@ -120,8 +119,8 @@ def embedding_bag(
 ) -> Float32[Array, "bags width"]:
     """Sums of rows: bag k is Σ weight · row over ids[offsets[k] : offsets[k+1]], the last one to the end; an empty one is zero.
 
-    `offsets` ascend from 0. Rows in host memory are summed there, and the sums alone go to the device: 40 times faster on a CPU
-    than under `jit`, where XLA adds up rows one by one. Source: torch.nn.EmbeddingBag, mode "sum".
+    `offsets` ascend from 0. Rows in host memory are summed there, and the sums alone go to the device; under
+    `jit` XLA:CPU adds up rows one by one, and is slower. Source: torch.nn.EmbeddingBag, mode "sum".
 
     Raises:
       ValueError: as `lookup`; offsets that do not begin at 0.
@@ -170,7 +169,7 @@ def _bags_on_host(table: PackedTable, ids, offsets, weights) -> Float32[np.ndarr
     """Sums as the product of a sparse matrix (bags × rows) with some decoded rows after the other."""
     sums = np.zeros((len(offsets), table.width), np.float32)
     weights = np.ones(len(ids), np.float32) if weights is None else np.asarray(weights, np.float32)
-    bounds, size = np.append(offsets, len(ids)), -(-SUMMED_AT_ONCE // table.width)
+    bounds, size = np.append(offsets, len(ids)), -(-ELEMENTS_AT_ONCE // table.width)
     for start in range(0, len(ids), size):
         end = min(start + size, len(ids))
         rows, _ = _picked(table, ids[start:end])
