@@ -12,12 +12,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.table import Table
 
 import brecq_jax
 from brecq_jax import deploy, models, solvers
-from brecq_jax.formats import MinMax, Uniform
 from brecq_jax._plan import render
-from rich.table import Table
+from brecq_jax.formats import MinMax, Uniform
 
 BATCHES = (1, 8, 64)
 WIDTH, DEPTH = 1024, 6

@@ -6,7 +6,7 @@ symmetric, per channel (matrix products: in groups, too); a convolution's weight
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax

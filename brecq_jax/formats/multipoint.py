@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
 
-from brecq_jax.formats._format import Grid, ScalarFormat
+from brecq_jax.formats._format import ScalarFormat
 from brecq_jax.formats.uniform import SCALE_FLOOR
 
 CANDIDATES = 400  # scales that the l2 search tries, evenly spaced up to the residual's largest value

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Int8, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from brecq_jax.formats._format import Grid
 from brecq_jax.formats.uniform import RangeRule, TailRange, Uniform

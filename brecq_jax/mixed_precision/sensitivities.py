@@ -18,10 +18,12 @@ from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, make_plan
 from brecq_jax._progress import bar
+from brecq_jax._stream import Stream
 from brecq_jax.formats import Format, Uniform
 from brecq_jax.formats._record import from_record, to_record
 from brecq_jax.mixed_precision._configurations import Candidates, block_losses
-from brecq_jax.solvers import Solver, fisher_error, nearest, relative_error
+from brecq_jax.solvers import Solver, nearest, relative_error
+from brecq_jax.solvers._walk import WEIGHTED
 from brecq_jax.solvers.nearest import fit_activations
 
 BATCH = 32  # examples that pass a block at once
@@ -162,8 +164,8 @@ def _walk(problem: Problem, graph: Graph, candidates: Candidates, open: set[str]
     blocks = problem.units(size)
     stream = Stream(graph, blocks, problem.inputs, size)
     importance = None
-    if error in (divergence, fisher_error):
-        importance = fisher(problem, blocks, key, normalised=error is fisher_error)
+    if error is divergence or error in WEIGHTED:
+        importance = fisher(problem, blocks, key, normalised=error is not divergence)
     losses: dict[str, np.ndarray] = {}
     interactions: dict[tuple[str, ...], float] = {}
     for number, block in enumerate(blocks):

@@ -107,7 +107,7 @@ def _read_zip(path: pathlib.Path):
     with zipfile.ZipFile(path) as archive:
         root = next((n.rpartition("/")[0] for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"), None)
         if root is None:
-            raise ValueError(f"a zip archive without data.pkl is no PyTorch checkpoint.")
+            raise ValueError("a zip archive without data.pkl is no PyTorch checkpoint.")
         loaded = _Unpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
         storages = {n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if n.startswith(f"{root}/data/")}
     return loaded, storages

@@ -1,8 +1,8 @@
 """How codes are chosen. A solver is `(problem, guess, key) -> (better guess, info)`; chain them."""
 
+from brecq_jax.solvers._loop import compiled_programs
 from brecq_jax.solvers._roundings import RectifiedSigmoid, StraightThrough
 from brecq_jax.solvers._solver import Info, Solver, chain
-from brecq_jax.solvers._loop import compiled_programs
 from brecq_jax.solvers._walk import fisher_error, position_error, relative_error, squared_error
 from brecq_jax.solvers.distilled import Distillation, binarybert, distilled
 from brecq_jax.solvers.lapq import Lapq, lapq

@@ -13,8 +13,8 @@ import scipy.optimize
 from jaxtyping import Array, Float, Int
 
 from brecq_jax._calibrate import Hooks, forward, observe, run_local
-from brecq_jax._interpret import param_values, whole
 from brecq_jax._interpret import Program as BlockProgram
+from brecq_jax._interpret import param_values, whole
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, from_rows, to_rows
 from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected

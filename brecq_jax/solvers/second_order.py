@@ -15,6 +15,7 @@ from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk
 from brecq_jax.solvers.nearest import fit_activations
 
+
 @dataclasses.dataclass(frozen=True)
 class SecondOrder:
     """Settings of second-order rounding."""

@@ -12,10 +12,10 @@ import pytest
 
 import brecq_jax
 from brecq_jax import solvers
+from brecq_jax._qarray import quantize_array
 from brecq_jax.deploy import to_integer
 from brecq_jax.deploy.integer import PackedArray
 from brecq_jax.formats import MinMax, Uniform
-from brecq_jax._qarray import quantize_array
 
 DRAW = np.random.default_rng(0)
 

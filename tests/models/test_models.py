@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from brecq_jax import models
-from brecq_jax.models import _torch_files
 from brecq_jax.data import center_crop
+from brecq_jax.models import _torch_files
 
 VECTORS = pathlib.Path(__file__).parent / "vectors"
 

@@ -14,8 +14,8 @@ from brecq_jax import passes, solvers
 from brecq_jax._model import Program
 from brecq_jax._qarray import quantize_array
 from brecq_jax.formats import Binary, Ternary, Uniform
-from brecq_jax.models.bert import Bert
 from brecq_jax.formats.splitting import split_rows
+from brecq_jax.models.bert import Bert
 
 WEIGHT = np.array([[0.13, -0.13, 0.64, 0.1, -0.54, 0.36, 1.3, 0.95], [-0.7, -1.27, -0.62, 0.04, -2.33, -0.22, -1.25, -0.73]], np.float32)
 WEIGHT = np.concatenate([WEIGHT, np.array([[-0.54, -0.32, 0.41, 1.04, -0.13, 1.37, -0.67, 0.35]], np.float32)])
