@@ -139,7 +139,7 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
 
 
 def own_share(images: Images) -> Images:
-    """Of several JAX processes, the images of this one: every so-manieth, so that none is left and none comes twice."""
+    """Of several JAX processes, the images of this one: every n-th of n processes, so that none is left out and none comes twice."""
     return images[jax.process_index() :: jax.process_count()]
 
 
