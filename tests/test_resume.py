@@ -156,6 +156,7 @@ def with_a_loss(weight):
         ("key", lambda: {"key": jax.random.key(1)}),
         ("blocks", lambda: {"blocks": "net"}),
         ("memory_budget_gb", lambda: {"memory_budget_gb": 1.0}),
+        ("bfloat16_caches", lambda: {"bfloat16_caches": True}),
     ],
 )
 def test_blocks_of_another_run_are_refused_and_what_differs_is_named(tmp_path, learned, part, change):
