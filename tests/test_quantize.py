@@ -147,7 +147,7 @@ def test_damaged_checkpoints_are_refused(w3a8, digits, tmp_path, damage):
     elif damage == "bad json":
         meta.write_text(meta.read_text()[:100])
     elif damage == "version":
-        meta.write_text(meta.read_text().replace('"version": 2', '"version": 99'))
+        meta.write_text(meta.read_text().replace('"version": 3', '"version": 99'))
     elif damage == "flip":
         text = meta.read_text()
         at = text.index('"sha256": "') + 11

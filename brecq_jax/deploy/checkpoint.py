@@ -2,31 +2,35 @@
 
     brecq_jax.json     the version, and bytes and SHA-256 of each of the other files; written last
     model.json.gz      the record of `brecq_jax.deploy._record`, compressed
-    arrays/            an orbax checkpoint of {dtype name: array of one axis}: the record's arrays of this dtype, one
-                       after the other in the record's order. Nothing is compressed here.
+    arrays/            an orbax checkpoint of one array of bytes (zarr, uncompressed: arrays/bytes/0 is the bytes): the
+                       record's arrays one after the other in its order, little endian
 
-One array of a dtype, since each has about 150 bytes of metadata, and a network has hundreds of small ones.
+One array, since each has about 150 bytes of metadata, and a network has hundreds of small ones.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
+import logging
 import math
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 from brecq_jax._model import Quantized
 from brecq_jax.deploy._record import describe, layout, rebuild, refusing
 
-VERSION = 2
+VERSION = 3
 META, MODEL, ARRAYS = "brecq_jax.json", "model.json.gz", "arrays"
+BYTES = "bytes"  # the one array's name
 # How much longer than its file a record may be, so that a short file cannot ask for much memory. Ours are about 15 times.
 LONGEST_RECORD = 100
 
@@ -48,12 +52,9 @@ def save(path: str | pathlib.Path, quantized: Quantized) -> None:
     if path.exists():
         raise FileExistsError(f"save: {path} exists. Give a new path, or remove it.")
     record, arrays = describe(quantized)
-    parts: dict[str, list[np.ndarray]] = {}
-    for array in arrays.values():
-        if array.size:  # orbax saves nothing empty
-            parts.setdefault(array.dtype.name, []).append(array.reshape(-1))
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path / ARRAYS, {dtype: np.concatenate(some) for dtype, some in parts.items()})
+    parts = [np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in arrays.values()]
+    with _checkpointer() as checkpointer, _unwarned():
+        checkpointer.save(path / ARRAYS, {BYTES: np.concatenate(parts)})
     (path / MODEL).write_bytes(gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0))
     # Written last: a folder without it is not a checkpoint.
     (path / META).write_text(json.dumps({"version": VERSION, "files": {name: _seal(path / name) for name in _files(path)}}, indent=1))
@@ -109,30 +110,24 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    counts: dict[str, int] = {}
-    for dtype, shape in places.values():
-        if math.prod(shape):
-            counts[dtype.name] = counts.get(dtype.name, 0) + math.prod(shape)
+    sizes = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, (dtype, shape) in places.items()}
     held = sum((path / name).stat().st_size for name in _files(path))
-    if sum(jnp.dtype(dtype).itemsize * count for dtype, count in counts.items()) > held:
+    if sum(sizes.values()) > held:
         raise ValueError(f"its record speaks of more than the {held} bytes of its files.")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            found = {name: (np.dtype(a.dtype).name, a.shape) for name, a in checkpointer.metadata(path / ARRAYS).item_metadata.items()}
-            if found != {dtype: (dtype, (count,)) for dtype, count in counts.items()}:
-                raise ValueError(f"{ARRAYS} holds {found}, and the record speaks of {counts}.")
-            whole = checkpointer.restore(path / ARRAYS)
+        # Not by orbax: where tensorstore cannot read, its thread answers to an event loop that orbax has closed, which now and then
+        # ends the process.
+        stored = tensorstore.open({"driver": "zarr", "kvstore": {"driver": "file", "path": str(path / ARRAYS / BYTES)}}, read=True).result()
+        if stored.dtype.name != "uint8" or stored.shape != (sum(sizes.values()),):
+            raise ValueError(f"{ARRAYS} holds {stored.shape} of {stored.dtype.name}, and the record speaks of {sum(sizes.values())} bytes.")
+        whole = stored.read().result()
     except (OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{ARRAYS} cannot be read by orbax: {reason}. Save the model again.") from error
-    arrays, taken = {}, dict.fromkeys(counts, 0)
+        raise ValueError(f"{ARRAYS} cannot be read: {reason}. Save the model again.") from error
+    arrays, taken = {}, 0
     for name, (dtype, shape) in places.items():
-        if not math.prod(shape):
-            arrays[name] = np.zeros(shape, dtype)
-            continue
-        first = taken[dtype.name]
-        taken[dtype.name] = first + math.prod(shape)
-        arrays[name] = np.asarray(whole[dtype.name][first : taken[dtype.name]]).reshape(shape)
+        arrays[name] = whole[taken : taken + sizes[name]].copy().view(dtype).reshape(shape)
+        taken += sizes[name]
     return arrays
 
 
@@ -140,7 +135,22 @@ def _checkpointer() -> ocp.Checkpointer:
     # Uncompressed, though codes of normal weights would shrink by up to a tenth: no file asks for more memory than it has bytes.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone), multiprocessing_options=alone)
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without orbax' warning that there is nothing to merge, which it gives whenever `use_ocdbt` is False."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT checkpoints" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _files(path: pathlib.Path) -> list[str]:
