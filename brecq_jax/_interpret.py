@@ -110,8 +110,11 @@ def run(
     return tuple(env[i] for i in program.outputs)
 
 
-def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
-    """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters."""
+def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence[int]) -> Block:
+    """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters.
+
+    `outputs`: ids that the graph's last block makes, and others for it.
+    """
     flat = graph.flat
     chosen = {t for t in range(start, stop) if graph.data.intersection(flat.steps[t].outputs)}
     maker = {out: t for t, step in enumerate(flat.steps) for out in step.outputs}
@@ -120,7 +123,7 @@ def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
     ins, params, constants = {}, {}, {}
     last = stop >= len(flat.steps)
     if last:
-        todo.extend(i for i in flat.outputs if i not in graph.data)
+        todo.extend(i for i in outputs if i not in graph.data)
     seen: set[int] = set()
     while todo:
         ident = todo.pop()
@@ -137,10 +140,9 @@ def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
             chosen.add(maker[ident])
             todo.extend(flat.steps[maker[ident]].inputs)
     later = {i for t in range(stop, len(flat.steps)) for i in flat.steps[t].inputs}
-    data_outputs = set(flat.outputs)
-    outs = tuple(i for i in sorted(made & graph.data) if i in later or i in data_outputs)
+    outs = tuple(i for i in sorted(made & graph.data) if i in later or i in outputs)
     if last:
-        outs = flat.outputs
+        outs = tuple(outputs)
         for ident in set(outs) - made - set(params) - set(constants) - seen:
             (ins if ident in graph.data else params if ident in graph.origins else constants)[ident] = None
     ops = tuple(op for op in graph.ops if op.step in chosen and start <= op.step < stop)
@@ -188,7 +190,7 @@ def contraction_axis(op: Op | LocalOp, step: Step) -> tuple[int, int]:
 
 def whole(graph: Graph) -> Block:
     """The graph as one block."""
-    return make_block(graph, "net", 0, len(graph.flat.steps))
+    return make_block(graph, "net", 0, len(graph.flat.steps), graph.flat.outputs)
 
 
 def param_values(graph: Graph, block: Block, leaves: Sequence[jax.Array]) -> list[jax.Array]:

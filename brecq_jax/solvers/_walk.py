@@ -107,7 +107,7 @@ class Walk:
     @functools.cached_property
     def predictions(self) -> np.ndarray | None:
         """The float model's outputs, if they are one array of logits."""
-        if len(self.graph.flat.outputs) != 1:
+        if len(self.graph.flat.outputs) != 1 or not self.graph.by_example.issuperset(self.graph.flat.outputs):
             return None
         net = whole(self.graph)
         stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size)
