@@ -261,6 +261,23 @@ def test_nnx_scan_is_unrolled():
     np.testing.assert_allclose(interpret(graph, params, x), jax.jit(apply_fn)(params, x), rtol=1e-6)
 
 
+class NnxDrawing(nnx.Module):
+    def __init__(self, rngs):
+        self.rnn = nnx.RNN(nnx.GRUCell(6, 6, rngs=rngs), rngs=rngs)
+        self.rngs = nnx.Rngs(1)
+
+    def __call__(self, x):
+        return self.rnn(x)[:, -1] + jax.random.normal(self.rngs(), (6,))
+
+
+def test_nnx_modules_that_draw_give_the_same_draws_in_each_call():
+    params, apply_fn = brecq_jax.from_nnx(NnxDrawing(nnx.Rngs(0)))
+    x = images(4, 2, 6)
+    graph = brecq_jax.trace(apply_fn, params, x)
+    for _ in range(2):
+        np.testing.assert_allclose(interpret(graph, params, x), apply_fn(params, x), rtol=1e-6)
+
+
 def test_from_nnx_refuses_what_is_no_nnx_module():
     with pytest.raises(TypeError, match="module.apply"):
         brecq_jax.from_nnx(Net())
