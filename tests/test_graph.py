@@ -382,3 +382,29 @@ def test_parameters_that_no_op_reads_are_listed():
 
     graph = brecq_jax.trace(f, {"w": images(4, 4), "table": images(3, 3)}, images(2, 4))
     assert [name for name, _ in graph.skipped] == ["table"]
+
+
+def gates(params, x):
+    """Four gates' weights in one product, as in an LSTM cell; and the other way round, under a vmap that shares an axis."""
+    one = x @ jnp.concatenate([params["i"], params["f"], params["o"]], -1)
+    other = jnp.einsum("koi,bki->bko", jnp.concatenate([params["k"], params["l"]], 1), one[:, :6].reshape(-1, 2, 3))
+    return other, x @ jnp.concatenate([params["top"], params["bottom"]], 0)
+
+
+def test_weights_that_are_concatenated_for_one_product_are_ops_of_their_own():
+    shapes = {"i": (4, 2), "f": (4, 5), "o": (4, 1), "k": (2, 4, 3), "l": (2, 2, 3), "top": (3, 2), "bottom": (1, 2)}
+    params, x = {n: images(*s) for n, s in shapes.items()}, images(3, 4)
+    graph = brecq_jax.trace(gates, params, x)
+    assert [op.name for op in graph.ops] == ["i", "f", "o", "k", "l"]
+    assert [w.channel_axes for w in graph.weights.values()] == [(1,), (1,), (1,), (0, 1), (0, 1)]
+    assert [name for name, _ in graph.skipped] == ["bottom", "top"]  # they are summed over together
+    for got, want in zip(interpret(graph, params, x), gates(params, x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_ragged_product_is_listed():
+    def f(params, x):
+        return jax.lax.ragged_dot(x @ params["w"], params["experts"], jnp.array([1, 1]))
+
+    graph = brecq_jax.trace(f, {"w": images(4, 4), "experts": images(2, 4, 4)}, images(2, 4))
+    assert dict(graph.skipped)["experts"] == "it is read inside a `ragged_dot_general`, which stays whole"
