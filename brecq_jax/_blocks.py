@@ -8,6 +8,7 @@ output), do not count: they are carried along. What crosses a cut has its exampl
 frames or patches lie in the batch's axis, or time comes first, nothing is cut.
 """
 
+import collections
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ GRANULARITIES = ("layer", "block", "stage", "net")
 MOST_OPS = 12  # ops in a block that is never down to one live value, before it is cut at more: a guess
 CHAIN = 3  # ops in a row, with no residual around them and no module in common, that make a block: as MQBench
 MODULE_CHAIN = 4  # the same, of one module
+LOOP = 64  # uses of one weight, from which on the reader is told what an unrolled loop costs: a guess
 UNCUT = "at no place between them are the examples of all values on axis 0 alone"
 
 
@@ -196,6 +198,12 @@ class _Cutter:
         outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
         for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy - graph.by_example):
             self.notes.append(f"nothing is learned from an output of shape {graph.flat.types[i].shape}: its examples are not on axis 0 alone")
+        weight, uses = collections.Counter(op.weight for op in graph.ops).most_common(1)[0]
+        if uses >= LOOP:
+            self.notes.append(
+                f"{weight} is read {uses} times: a loop over time is unrolled into {len(graph.ops)} ops, and compiled so. Calibrate on shorter "
+                "sequences; with activations=None what is learned holds for any length"
+            )
         for group in self.joined(groups):
             last = group[-1] == len(graph.ops) - 1
             stop = len(graph.flat.steps) if last else self.places[group[-1]] + 1

@@ -171,3 +171,12 @@ def test_nothing_is_cut_while_examples_are_not_on_axis_0(apply_fn):
     inputs = draw((16, 6, 6))
     quantized = brecq_jax.quantize(params, apply_fn, inputs, weights=Uniform(3), activations=None, solver=solvers.brecq(num_steps=4), progress=False)
     assert [len(b.ops) for b in quantized.report.blocks] == [5, 1]
+
+
+def test_a_long_loop_over_time_is_said():
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ params["h"]), None), x[:, 0], jnp.swapaxes(x, 0, 1))[0]
+
+    for length, said in ((63, False), (64, True)):
+        _, notes = partition(brecq_jax.trace(apply_fn, {"h": jnp.ones((4, 4))}, jnp.ones((2, length, 4))))
+        assert any("h is read 64 times: a loop over time" in note for note in notes) == said
