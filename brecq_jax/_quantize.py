@@ -60,7 +60,7 @@ def quantize(
       solver: None: `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
       blocks: "layer", "block", "stage", "net", or a list of name patterns.
       inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
-        {"image": x} need nothing.
+        {"image": x} need nothing. For several inputs `lambda e: e`, and an apply_fn that takes them as one.
       loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
       memory_budget_gb: a calibration set that holds more is refused (None: 8). With it, what the set and a step leave is for the values
         between blocks: in memory while it lasts, then computed again or in a file, by a plan that is printed (docs/pods.md; None: all in memory).
