@@ -250,10 +250,10 @@ class _Reader:
             axes = (step.params["dimension_numbers"].rhs_spec[0],)
         if not chain or self.flat.types[root].shape == self.flat.types[weight].shape and computed:
             return axes
-        return self.axes_before(root, weight, [s for s in chain if s.primitive in _jaxpr.STRUCTURAL], axes)
+        return self.axes_before(root, weight, [s for s in chain if s.primitive in _jaxpr.MOVING], axes)
 
     def axes_before(self, root, weight, chain, axes) -> tuple[int, ...]:
-        """Channel axes of the parameter, given those of the operand that reshapes and transposes made of it.
+        """Channel axes of the parameter, given those of the operand that reshapes, transposes and slices made of it.
 
         Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
         the operand, that index does not change along the other axes.

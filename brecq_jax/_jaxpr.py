@@ -19,8 +19,9 @@ WEIGHTED = ("dot_general", "conv_general_dilated", "gather")
 WHOLE = ("ragged_dot_general",)  # products that are not quantized
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-# Values keep their elements, only shape, order or dtype change.
-STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy")
+# Values keep all their elements, only shape, order or dtype change.
+STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "rev")
+MOVING = (*STRUCTURAL, "slice", "split")  # every element is one that was there
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -408,3 +408,14 @@ def test_a_ragged_product_is_listed():
 
     graph = brecq_jax.trace(f, {"w": images(4, 4), "experts": images(2, 4, 4)}, images(2, 4))
     assert dict(graph.skipped)["experts"] == "it is read inside a `ragged_dot_general`, which stays whole"
+
+
+def test_output_channels_are_followed_through_flips_transposes_and_slices():
+    def f(params, x):
+        x = jax.lax.conv_transpose(x, params["conv"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), transpose_kernel=True)
+        queries, keys = jnp.split(params["both"].T, 2, 1)
+        return x @ queries + (x @ keys) @ params["flipped"][::-1]
+
+    params = {"conv": images(3, 5, 4), "both": images(12, 5), "flipped": images(6, 6)}
+    graph = brecq_jax.trace(f, params, images(2, 7, 4))
+    assert {n: w.channel_axes for n, w in graph.weights.items()} == {"conv": (1,), "both": (0,), "flipped": (1,)}
