@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from brecq_jax._graph import Graph
-from brecq_jax._interpret import Block, make_block
+from brecq_jax._interpret import Block, make_block, needed_steps
 
 GRANULARITIES = ("layer", "block", "stage", "net")
 MOST_OPS = 12  # ops in a block that is never down to one live value, before it is cut at more: a guess
@@ -55,9 +55,10 @@ class _Cutter:
     def __init__(self, graph: Graph):
         self.graph, self.notes = graph, []
         steps = graph.flat.steps
-        read_last = {i: t for t, step in enumerate(steps) for i in step.inputs}
-        last_use = read_last | {i: len(steps) for i in graph.flat.outputs}
-        reach = self.reaching()
+        self.outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
+        read_last = {i: t for t in sorted(needed_steps(graph, self.outputs)) for i in steps[t].inputs}
+        last_use = read_last | {i: len(steps) for i in self.outputs}
+        reach = {i for t in needed_steps(graph, ()) for i in steps[t].inputs}  # the others, auxiliary outputs, do not count as live
         change = [0] * (len(steps) + 1)
         for t, step in enumerate(steps):
             for out in step.outputs:
@@ -72,16 +73,6 @@ class _Cutter:
                 barred[read_last.get(out, t)] -= 1
         self.barred = list(itertools.accumulate(barred))
         self.places = [self.place(i) for i in range(len(graph.ops) - 1)]
-
-    def reaching(self) -> set[int]:
-        """Values that some weighted op depends on. The others, auxiliary outputs, do not count as live."""
-        weighted = {op.step for op in self.graph.ops}
-        reach: set[int] = set()
-        for t in reversed(range(len(self.graph.flat.steps))):
-            step = self.graph.flat.steps[t]
-            if t in weighted or reach.intersection(step.outputs):
-                reach.update(step.inputs)
-        return reach
 
     def place(self, i: int) -> int | None:
         """The step after which to cut between ops i and i + 1: the latest with the fewest live values. None: nowhere."""
@@ -195,7 +186,6 @@ class _Cutter:
 
     def make(self, groups) -> tuple[Block, ...]:
         graph, blocks, start, names = self.graph, [], 0, {}
-        outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
         for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy - graph.by_example):
             self.notes.append(f"nothing is learned from an output of shape {graph.flat.types[i].shape}: its examples are not on axis 0 alone")
         weight, uses = collections.Counter(op.weight for op in graph.ops).most_common(1)[0]
@@ -210,7 +200,7 @@ class _Cutter:
             name = self.block_name(group)
             names[name] = names.get(name, 0) + 1
             unique = name if names[name] == 1 else f"{name}#{names[name]}"
-            blocks.append(make_block(graph, unique, start, stop, outputs))
+            blocks.append(make_block(graph, unique, start, stop, self.outputs))
             start = stop
         return tuple(blocks)
 

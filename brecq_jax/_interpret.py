@@ -110,13 +110,24 @@ def run(
     return tuple(env[i] for i in program.outputs)
 
 
+def needed_steps(graph: Graph, outputs: Sequence[int]) -> set[int]:
+    """Positions of the steps that weighted ops or these outputs depend on, weighted ops among them."""
+    weighted, values, found = {op.step for op in graph.ops}, set(outputs), set()
+    for t in reversed(range(len(graph.flat.steps))):
+        step = graph.flat.steps[t]
+        if t in weighted or values.intersection(step.outputs):
+            found.add(t)
+            values.update(step.inputs)
+    return found
+
+
 def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence[int]) -> Block:
     """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters.
 
     `outputs`: ids that the graph's last block makes, and others for it.
     """
-    flat = graph.flat
-    chosen = {t for t in range(start, stop) if graph.data.intersection(flat.steps[t].outputs)}
+    flat, needed = graph.flat, needed_steps(graph, outputs)
+    chosen = {t for t in range(start, stop) if t in needed and graph.data.intersection(flat.steps[t].outputs)}
     maker = {out: t for t, step in enumerate(flat.steps) for out in step.outputs}
     todo = [i for t in chosen for i in flat.steps[t].inputs]
     made = {out for t in chosen for out in flat.steps[t].outputs}
@@ -139,7 +150,7 @@ def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence
         else:
             chosen.add(maker[ident])
             todo.extend(flat.steps[maker[ident]].inputs)
-    later = {i for t in range(stop, len(flat.steps)) for i in flat.steps[t].inputs}
+    later = {i for t in range(stop, len(flat.steps)) if t in needed for i in flat.steps[t].inputs}
     outs = tuple(i for i in sorted(made & graph.data) if i in later or i in outputs)
     if last:
         outs = tuple(outputs)

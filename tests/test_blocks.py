@@ -147,8 +147,8 @@ def time_first(params, x):
 def pairs(params, x):
     """Both halves of each example go through one net; and two outputs that no example has for itself."""
     y = through(params, jnp.concatenate([x[:, 0], x[:, 1]]))
-    one, other, of_all = *jnp.split(y, 2), (jnp.mean(y), jnp.mean(y, 0))
-    return jnp.abs(one - other) @ params["head"], *of_all
+    one, other = jnp.split(y, 2)
+    return jnp.abs(one - other) @ params["head"], jnp.mean(y), jnp.mean(y, 0)
 
 
 def through(params, x):
