@@ -105,7 +105,8 @@ class _Builder:
             if name in INLINED or (name in CUSTOM and _contains_weighted(body)):
                 outs = self.inline(body, [read(a) for a in eqn.invars])
             elif name == "scan" and _contains_weighted(body):
-                outs = self.unroll(eqn.params, body, [read(a) for a in eqn.invars])
+                loop = self.unroll if eqn.params["num_carry"] else self.at_once
+                outs = loop(eqn.params, body, [read(a) for a in eqn.invars])
             else:
                 outs = self.step(eqn, env)
             for var, ident in zip(eqn.outvars, outs, strict=True):
@@ -140,6 +141,12 @@ class _Builder:
             outs = self.inline(body, consts + carry + [self.index(s, i) for s in stacked])
             carry, rows[i] = outs[:n_carry], outs[n_carry:]
         return carry + [self.traced(lambda *r: jnp.stack(r), column) for column in zip(*rows, strict=True)]
+
+    def at_once(self, params, body, operands: Sequence[int]) -> list[int]:
+        """A scan that carries nothing (`lax.map`, over the examples, say): what it does one after the other, all at the same time."""
+        axes = [None] * params["num_consts"] + [0] * (len(operands) - params["num_consts"])
+        mapped = jax.vmap(jex.jaxpr_as_fun(body), in_axes=axes, axis_size=params["length"])
+        return self.inline(jax.make_jaxpr(mapped)(*(self.types[i] for i in operands)), operands)
 
     def index(self, ident: int, i: int) -> int:
         out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))

@@ -419,3 +419,16 @@ def test_output_channels_are_followed_through_flips_transposes_and_slices():
     params = {"conv": images(3, 5, 4), "both": images(12, 5), "flipped": images(6, 6)}
     graph = brecq_jax.trace(f, params, images(2, 7, 4))
     assert {n: w.channel_axes for n, w in graph.weights.items()} == {"conv": (1,), "both": (0,), "flipped": (1,)}
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_map_over_the_examples_is_one_op_at_any_batch_size(size):
+    def f(params, x):
+        x = jax.lax.map(lambda row: jnp.tanh(row @ params["w"]), x, batch_size=size)
+        return x @ params["head"]
+
+    params = {"w": images(4, 4), "head": images(4, 2)}
+    for batch in (1, 2, 6):
+        graph = brecq_jax.trace(f, params, images(batch, 4))
+        assert [op.name for op in graph.ops] == ["w", "head"]
+        np.testing.assert_allclose(interpret(graph, params, images(batch, 4)), f(params, images(batch, 4)), rtol=1e-5)
