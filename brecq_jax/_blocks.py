@@ -4,19 +4,25 @@ A cut is a place in the program where few values are live that weighted ops made
 the net needs nothing else from what came before: the end of a residual block, of an attention half. The *latest* such
 place before the next weighted op is taken, so that an activation function stays with the op it follows.
 Values that depend on the inputs but on no weighted op (a mask), and those that no weighted op depends on (an auxiliary
-output), do not count: they are carried along.
+output), do not count: they are carried along. What crosses a cut has its examples on axis 0 (`Graph.by_example`): while
+frames or patches lie in the batch's axis, or time comes first, nothing is cut.
 """
 
+import collections
+import itertools
+import math
 import re
 from collections.abc import Sequence
 
 from brecq_jax._graph import Graph
-from brecq_jax._interpret import Block, make_block
+from brecq_jax._interpret import Block, make_block, needed_steps
 
 GRANULARITIES = ("layer", "block", "stage", "net")
 MOST_OPS = 12  # ops in a block that is never down to one live value, before it is cut at more: a guess
 CHAIN = 3  # ops in a row, with no residual around them and no module in common, that make a block: as MQBench
 MODULE_CHAIN = 4  # the same, of one module
+LOOP = 64  # uses of one weight, from which on the reader is told what an unrolled loop costs: a guess
+UNCUT = "at no place between them are the examples of all values on axis 0 alone"
 
 
 def partition(graph: Graph, blocks: str | Sequence[str] = "block") -> tuple[tuple[Block, ...], tuple[str, ...]]:
@@ -49,42 +55,34 @@ class _Cutter:
     def __init__(self, graph: Graph):
         self.graph, self.notes = graph, []
         steps = graph.flat.steps
-        last_use = {i: len(steps) for i in graph.flat.outputs}
-        for t in reversed(range(len(steps))):
-            for i in steps[t].inputs:
-                last_use.setdefault(i, t)
-        reach = self.reaching()
+        self.outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
+        read_last = {i: t for t in sorted(needed_steps(graph, self.outputs)) for i in steps[t].inputs}
+        last_use = read_last | {i: len(steps) for i in self.outputs}
+        reach = {i for t in needed_steps(graph, ()) for i in steps[t].inputs}  # the others, auxiliary outputs, do not count as live
         change = [0] * (len(steps) + 1)
         for t, step in enumerate(steps):
             for out in step.outputs:
                 if out in graph.heavy and out in reach and last_use.get(out, -1) > t:
                     change[t] += 1
                     change[last_use[out]] -= 1
-        self.live, count = [], 0
-        for t in range(len(steps)):
-            count += change[t]
-            self.live.append(count)
+        self.live = list(itertools.accumulate(change))
+        elsewhere, barred = graph.data - graph.by_example, [0] * (len(steps) + 1)
+        for t, step in enumerate(steps):
+            for out in elsewhere.intersection(step.outputs):
+                barred[t] += 1
+                barred[read_last.get(out, t)] -= 1
+        self.barred = list(itertools.accumulate(barred))
         self.places = [self.place(i) for i in range(len(graph.ops) - 1)]
 
-    def reaching(self) -> set[int]:
-        """Values that some weighted op depends on. The others, auxiliary outputs, do not count as live."""
-        weighted = {op.step for op in self.graph.ops}
-        reach: set[int] = set()
-        for t in reversed(range(len(self.graph.flat.steps))):
-            step = self.graph.flat.steps[t]
-            if t in weighted or reach.intersection(step.outputs):
-                reach.update(step.inputs)
-        return reach
+    def place(self, i: int) -> int | None:
+        """The step after which to cut between ops i and i + 1: the latest with the fewest live values. None: nowhere."""
+        free = [t for t in range(self.graph.ops[i].step, self.graph.ops[i + 1].step) if not self.barred[t]]
+        return min(free, key=lambda t: (self.live[t], -t), default=None)
 
-    def place(self, i: int) -> int:
-        """The step after which to cut between ops i and i + 1: the latest with the fewest live values."""
-        start, stop = self.graph.ops[i].step, self.graph.ops[i + 1].step
-        fewest = min(self.live[start:stop])
-        return max(t for t in range(start, stop) if self.live[t] == fewest)
-
-    def width(self, i: int) -> int:
+    def width(self, i: int) -> float:
         """Live values at the cut between ops i and i + 1."""
-        return self.live[self.places[i]]
+        place = self.places[i]
+        return math.inf if place is None else self.live[place]
 
     def by_liveness(self) -> list[tuple[int, ...]]:
         groups, current = [], [0]
@@ -102,6 +100,9 @@ class _Cutter:
             return [group]
         middle = len(group) / 2
         at = min(range(1, len(group)), key=lambda j: (self.width(group[j] - 1), abs(j - middle)))
+        if math.isinf(self.width(group[at] - 1)):
+            self.notes.append(f"{self.name(group[0])} to {self.name(group[-1])} are one block: {UNCUT}")
+            return [group]
         self.notes.append(
             f"no single live value between {self.name(group[0])} and {self.name(group[-1])}: cut before "
             f"{self.name(group[at])}, where {self.width(group[at] - 1)} are live"
@@ -172,15 +173,34 @@ class _Cutter:
                 )
         return [tuple(g) for g in groups]
 
-    def make(self, groups) -> tuple[Block, ...]:
-        blocks, start, names = [], 0, {}
+    def joined(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Groups that nothing can be cut between are one."""
+        found: list[tuple[int, ...]] = []
         for group in groups:
-            last = group[-1] == len(self.graph.ops) - 1
-            stop = len(self.graph.flat.steps) if last else self.places[group[-1]] + 1
+            if found and self.places[group[0] - 1] is None:
+                self.notes.append(f"{self.name(group[0] - 1)} and {self.name(group[0])} are in one block: {UNCUT}")
+                found[-1] += group
+            else:
+                found.append(group)
+        return found
+
+    def make(self, groups) -> tuple[Block, ...]:
+        graph, blocks, start, names = self.graph, [], 0, {}
+        for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy - graph.by_example):
+            self.notes.append(f"nothing is learned from an output of shape {graph.flat.types[i].shape}: its examples are not on axis 0 alone")
+        weight, uses = collections.Counter(op.weight for op in graph.ops).most_common(1)[0]
+        if uses >= LOOP:
+            self.notes.append(
+                f"{weight} is read {uses} times: a loop over time is unrolled into {len(graph.ops)} ops, and compiled so. Calibrate on shorter "
+                "sequences; with activations=None what is learned holds for any length"
+            )
+        for group in self.joined(groups):
+            last = group[-1] == len(graph.ops) - 1
+            stop = len(graph.flat.steps) if last else self.places[group[-1]] + 1
             name = self.block_name(group)
             names[name] = names.get(name, 0) + 1
             unique = name if names[name] == 1 else f"{name}#{names[name]}"
-            blocks.append(make_block(self.graph, unique, start, stop))
+            blocks.append(make_block(graph, unique, start, stop, self.outputs))
             start = stop
         return tuple(blocks)
 

@@ -5,6 +5,7 @@ value derived from the inputs. Nothing is registered and no class is known; name
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +60,25 @@ class Graph:
     params_tree: Any
     out_tree: Any
     batch_types: Any
+    at_batch: Callable[[Any], Flat]  # the program read with inputs of other shapes
+
+    @functools.cached_property
+    def by_example(self) -> frozenset[int]:
+        """Ids of data that has examples on axis 0 and on no other: what grows when the batch does shows where they are.
+
+        Where the program cannot be read at another batch size, or is another one there (of one example, say, less is broadcast),
+        an axis 0 as long as the batch is taken for examples.
+        """
+        size = jax.tree.leaves(self.batch_types)[0].shape[:1]
+        twice = jax.tree.map(lambda t: jax.ShapeDtypeStruct((*(2 * n for n in t.shape[:1]), *t.shape[1:]), t.dtype), self.batch_types)
+        try:
+            larger = self.at_batch(twice)
+        except (TypeError, ValueError):
+            larger = None
+        found = self.data.intersection(i for i, t in enumerate(self.flat.types) if t.shape[:1] == size != ())
+        if larger and [s.primitive for s in larger.steps] == [s.primitive for s in self.flat.steps]:
+            return frozenset(i for i in found if larger.types[i].shape == (2 * size[0], *self.flat.types[i].shape[1:]))
+        return found
 
     @property
     def num_leaves(self) -> int:
@@ -90,7 +110,7 @@ def trace(apply_fn: Callable, params: Any, batch: Any) -> Graph:
     return Graph(
         flat, reader.ops_with_sites(), reader.weights, leaves, reader.origins,
         frozenset(reader.data), frozenset(reader.heavy), reader.all_skipped(),
-        params_tree, jax.tree.structure(out_shape), abstract[1],
+        params_tree, jax.tree.structure(out_shape), abstract[1], lambda batch: _jaxpr.flatten(apply_fn, abstract[0], batch)[0],
     )  # fmt: skip
 
 
@@ -230,10 +250,10 @@ class _Reader:
             axes = (step.params["dimension_numbers"].rhs_spec[0],)
         if not chain or self.flat.types[root].shape == self.flat.types[weight].shape and computed:
             return axes
-        return self.axes_before(root, weight, [s for s in chain if s.primitive in _jaxpr.STRUCTURAL], axes)
+        return self.axes_before(root, weight, [s for s in chain if s.primitive in _jaxpr.MOVING], axes)
 
     def axes_before(self, root, weight, chain, axes) -> tuple[int, ...]:
-        """Channel axes of the parameter, given those of the operand that reshapes and transposes made of it.
+        """Channel axes of the parameter, given those of the operand that reshapes, transposes and slices made of it.
 
         Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
         the operand, that index does not change along the other axes.

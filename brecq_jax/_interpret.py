@@ -110,17 +110,31 @@ def run(
     return tuple(env[i] for i in program.outputs)
 
 
-def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
-    """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters."""
-    flat = graph.flat
-    chosen = {t for t in range(start, stop) if graph.data.intersection(flat.steps[t].outputs)}
+def needed_steps(graph: Graph, outputs: Sequence[int]) -> set[int]:
+    """Positions of the steps that weighted ops or these outputs depend on, weighted ops among them."""
+    weighted, values, found = {op.step for op in graph.ops}, set(outputs), set()
+    for t in reversed(range(len(graph.flat.steps))):
+        step = graph.flat.steps[t]
+        if t in weighted or values.intersection(step.outputs):
+            found.add(t)
+            values.update(step.inputs)
+    return found
+
+
+def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence[int]) -> Block:
+    """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters.
+
+    `outputs`: ids that the graph's last block makes, and others for it.
+    """
+    flat, needed = graph.flat, needed_steps(graph, outputs)
+    chosen = {t for t in range(start, stop) if t in needed and graph.data.intersection(flat.steps[t].outputs)}
     maker = {out: t for t, step in enumerate(flat.steps) for out in step.outputs}
     todo = [i for t in chosen for i in flat.steps[t].inputs]
     made = {out for t in chosen for out in flat.steps[t].outputs}
     ins, params, constants = {}, {}, {}
     last = stop >= len(flat.steps)
     if last:
-        todo.extend(i for i in flat.outputs if i not in graph.data)
+        todo.extend(i for i in outputs if i not in graph.data)
     seen: set[int] = set()
     while todo:
         ident = todo.pop()
@@ -136,11 +150,10 @@ def make_block(graph: Graph, name: str, start: int, stop: int) -> Block:
         else:
             chosen.add(maker[ident])
             todo.extend(flat.steps[maker[ident]].inputs)
-    later = {i for t in range(stop, len(flat.steps)) for i in flat.steps[t].inputs}
-    data_outputs = set(flat.outputs)
-    outs = tuple(i for i in sorted(made & graph.data) if i in later or i in data_outputs)
+    later = {i for t in range(stop, len(flat.steps)) if t in needed for i in flat.steps[t].inputs}
+    outs = tuple(i for i in sorted(made & graph.data) if i in later or i in outputs)
     if last:
-        outs = flat.outputs
+        outs = tuple(outputs)
         for ident in set(outs) - made - set(params) - set(constants) - seen:
             (ins if ident in graph.data else params if ident in graph.origins else constants)[ident] = None
     ops = tuple(op for op in graph.ops if op.step in chosen and start <= op.step < stop)
@@ -188,7 +201,7 @@ def contraction_axis(op: Op | LocalOp, step: Step) -> tuple[int, int]:
 
 def whole(graph: Graph) -> Block:
     """The graph as one block."""
-    return make_block(graph, "net", 0, len(graph.flat.steps))
+    return make_block(graph, "net", 0, len(graph.flat.steps), graph.flat.outputs)
 
 
 def param_values(graph: Graph, block: Block, leaves: Sequence[jax.Array]) -> list[jax.Array]:

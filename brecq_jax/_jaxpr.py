@@ -5,6 +5,7 @@ jaxpr, with the same `Var` objects, among all calls of one function (two `relu`s
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ import numpy as np
 from jax.extend import core as jex
 
 WEIGHTED = ("dot_general", "conv_general_dilated", "gather")
+WHOLE = ("ragged_dot_general",)  # products that are not quantized
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-# Values keep their elements, only shape, order or dtype change.
-STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy")
+# Values keep all their elements, only shape, order or dtype change.
+STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "rev")
+MOVING = (*STRUCTURAL, "slice", "split")  # every element is one that was there
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +54,9 @@ class Flat:
     slices: dict[int, tuple[int, tuple[int, ...]]]  # id -> (argument id, indices): slices of scanned arguments
 
 
-def flatten(function: Callable, *args: Any) -> tuple[Flat, Any]:
-    """Trace `function(*args)` and inline it. Returns the flat program and the output's pytree of types."""
-    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(*args)
+def flatten(function: Callable, params: Any, batch: Any) -> tuple[Flat, Any]:
+    """Trace `function(params, batch)` and inline it. Returns the flat program and the output's pytree of types."""
+    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, batch)
     builder = _Builder()
     inputs = [builder.new(v.aval) for v in closed.jaxpr.invars]
     outputs = builder.inline(closed, inputs)
@@ -65,12 +68,12 @@ def flatten(function: Callable, *args: Any) -> tuple[Flat, Any]:
         builder.constants,
         builder.slices,
     )
-    return flat, out_shape
+    return _distributed(flat, len(jax.tree.leaves(params))), out_shape
 
 
 def weighted_inside(step: Step) -> bool:
     """Whether a step that is kept whole (a `while`, a `cond`, …) holds a dot, convolution or lookup."""
-    return any(_contains_weighted(body) for body in _bodies(step.params))
+    return step.primitive in WHOLE or any(_contains_weighted(body) for body in _bodies(step.params))
 
 
 class _Builder:
@@ -102,7 +105,8 @@ class _Builder:
             if name in INLINED or (name in CUSTOM and _contains_weighted(body)):
                 outs = self.inline(body, [read(a) for a in eqn.invars])
             elif name == "scan" and _contains_weighted(body):
-                outs = self.unroll(eqn.params, body, [read(a) for a in eqn.invars])
+                loop = self.unroll if eqn.params["num_carry"] else self.at_once
+                outs = loop(eqn.params, body, [read(a) for a in eqn.invars])
             else:
                 outs = self.step(eqn, env)
             for var, ident in zip(eqn.outvars, outs, strict=True):
@@ -138,6 +142,12 @@ class _Builder:
             carry, rows[i] = outs[:n_carry], outs[n_carry:]
         return carry + [self.traced(lambda *r: jnp.stack(r), column) for column in zip(*rows, strict=True)]
 
+    def at_once(self, params, body, operands: Sequence[int]) -> list[int]:
+        """A scan that carries nothing (`lax.map`, over the examples, say): what it does one after the other, all at the same time."""
+        axes = [None] * params["num_consts"] + [0] * (len(operands) - params["num_consts"])
+        mapped = jax.vmap(jex.jaxpr_as_fun(body), in_axes=axes, axis_size=params["length"])
+        return self.inline(jax.make_jaxpr(mapped)(*(self.types[i] for i in operands)), operands)
+
     def index(self, ident: int, i: int) -> int:
         out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
         root, indices = self.slices.get(ident, (ident, ()))
@@ -147,6 +157,33 @@ class _Builder:
     def traced(self, function: Callable, inputs: Sequence[int]) -> int:
         (out,) = self.inline(jax.make_jaxpr(function)(*(self.types[i] for i in inputs)), list(inputs))
         return out
+
+
+def _distributed(flat: Flat, num_params: int) -> Flat:
+    """The program with x·[a b] written as [x·a x·b]: a product whose weights are concatenated on the way (the gates of an LSTM) as one with each.
+
+    The first `num_params` arguments are parameters. What values there were keep their ids.
+    """
+    builder = _Builder()
+    builder.types, builder.constants, builder.slices = list(flat.types), dict(flat.constants), dict(flat.slices)
+    params, data, maker = set(flat.inputs[:num_params]), set(flat.inputs[num_params:]), {}
+    for step in flat.steps:
+        for kind in (data, params):  # a value may be both, and is data then
+            kind.update(step.outputs if kind.intersection(step.inputs) else ())
+        maker.update((out, step) for out in step.outputs)
+        weights = [i for i in step.inputs if i not in data and i in maker and maker[i].primitive == "concatenate"]
+        joined = maker[weights[0]] if step.primitive == "dot_general" and weights and data.intersection(step.inputs) else None
+        axis = joined and _free_axis(step, flat.types, step.operand(1) == weights[0], joined.params["dimension"])
+        if axis is None or not params.issuperset(joined.inputs):
+            builder.steps.append(step)
+            continue
+        parts = []
+        for part in joined.inputs:
+            operands = [part if step.operand(p) == weights[0] else step.operand(p) for p in (0, 1)]
+            parts.append(builder.traced(functools.partial(jax.lax.dot_general, **step.params), operands))
+        builder.traced(lambda *p, axis=axis: jnp.concatenate(p, axis), parts)
+        builder.steps.append(dataclasses.replace(builder.steps.pop(), outputs=step.outputs))
+    return dataclasses.replace(flat, steps=tuple(builder.steps), types=tuple(builder.types), constants=builder.constants, slices=builder.slices)
 
 
 def _is_literal(atom) -> bool:
@@ -159,6 +196,14 @@ def _call_body(eqn) -> jex.ClosedJaxpr | None:
             body = eqn.params[key]
             return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
     return None
+
+
+def _free_axis(product: Step, types, is_right: bool, axis: int) -> int | None:
+    """The output axis of a `dot_general` that an axis of its left or right operand becomes; None if it is summed over or shared."""
+    contracting, batch = product.params["dimension_numbers"]
+    left, right = ([a for a in range(types[product.operand(p)].ndim) if a not in (*contracting[p], *batch[p])] for p in (0, 1))
+    free = right if is_right else left
+    return len(batch[0]) + (len(left) if is_right else 0) + free.index(axis) if axis in free else None
 
 
 def _bodies(params) -> list[jex.ClosedJaxpr]:

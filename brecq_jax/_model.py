@@ -194,7 +194,7 @@ def _apply(program: Program, activations: Mapping[str, Grid], params, inputs):
     if missing:
         raise ValueError(
             f"The model was quantized with activations named {', '.join(missing)}, which this apply_fn does not have. "
-            f"It has {', '.join(block.sites)}: use the apply_fn that was quantized."
+            f"It has {', '.join(block.sites)}: use the apply_fn that was quantized, and if it loops over time, on sequences as long."
         )
     values = dict(zip(graph.flat.inputs[graph.num_leaves :], jax.tree.leaves(inputs), strict=True))
     hooks = quantize_hooks(block, dict(program.sites), activations, program.whole_values)

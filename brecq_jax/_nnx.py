@@ -11,7 +11,7 @@ def from_nnx(module: Any) -> tuple[Any, Callable]:
         quantized = brecq_jax.quantize(params, apply_fn, calib_ds)
 
     The module itself is not changed. `params` is its state (batch statistics too, random keys not), an
-    `nnx.State`.
+    `nnx.State`. A module that draws random numbers draws the same ones in each call.
 
     Raises:
       TypeError: not an NNX module.
@@ -28,6 +28,6 @@ def from_nnx(module: Any) -> tuple[Any, Callable]:
     graphdef, random, params = nnx.split(evaluating, nnx.RngState, ...)
 
     def apply_fn(params: Any, *inputs: Any) -> Any:
-        return nnx.merge(graphdef, random, params)(*inputs)
+        return nnx.merge(graphdef, random, params, copy=True)(*inputs)  # a call counts its draws in variables of its own
 
     return params, apply_fn

@@ -60,7 +60,7 @@ def quantize(
       solver: None: `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
       blocks: "layer", "block", "stage", "net", or a list of name patterns.
       inputs: which part of a calibration element apply_fn takes: a key, an index or a function; arrays, (x, y) and
-        {"image": x} need nothing.
+        {"image": x} need nothing. For several inputs `lambda e: e`, and an apply_fn that takes them as one.
       loss: `loss(outputs, key) -> scalar` for the Fisher weights; None: the model's own prediction.
       memory_budget_gb: a calibration set that holds more is refused (None: 8). With it, what the set and a step leave is for the values
         between blocks: in memory while it lasts, then computed again or in a file, by a plan that is printed (docs/pods.md; None: all in memory).
@@ -84,6 +84,7 @@ def quantize(
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
     _check_params(params)
+    _check_function(apply_fn)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
@@ -120,13 +121,26 @@ def _check_params(params: Any):
             raise ValueError(f"params: {name} {tuple(leaf.shape)} has values that are not finite. Check the checkpoint.")
 
 
+def _check_function(apply_fn: Callable):
+    try:
+        hash(apply_fn)
+    except TypeError:
+        kind = type(apply_fn).__name__
+        raise TypeError(f"apply_fn is a {kind} that has no hash (a dataclass, perhaps). Write lambda params, inputs: net(params, inputs).") from None
+
+
 def _read(problem: Problem) -> Graph:
     """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
     try:
         return problem.graph(min(problem.count, 32))
     except Exception as error:  # apply_fn is the user's, and may raise anything
-        shapes = ", ".join(f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(problem.inputs))
-        raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}") from error
+        shapes = str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape[1:])}", problem.inputs)).replace("'", "")
+        several = (
+            "\nIt is called as apply_fn(params, inputs). Where a model takes several, write inputs=lambda e: e, for all of an element, and\n"
+            "  apply_fn = lambda params, e: model.apply(params, e['image'], e['time'])"
+        )
+        hint = several if type(error) is TypeError else ""
+        raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}{hint}") from error
 
 
 def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]:

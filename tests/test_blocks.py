@@ -1,12 +1,16 @@
 """Networks partition as their papers draw them."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 
 import brecq_jax
+from brecq_jax import solvers
 from brecq_jax._blocks import MOST_OPS, partition
+from brecq_jax.formats import Uniform
 from brecq_jax.models.architectures import ARCHITECTURES
 from brecq_jax.models.bert import Bert
 from brecq_jax.models.efficientnet_lite import EfficientNetLite
@@ -128,3 +132,51 @@ def test_blocks_cover_every_op_once_in_order(blocks):
 
 def test_users_patterns_group_blocks():
     assert sizes(cut(resnet18(), 64, 64, 3, blocks=[r"layer(\d)_.*"])) == [1, 4, 5, 5, 5, 1]
+
+
+def frames(params, x):
+    """Frames are folded into the batch."""
+    y = through(params, x.reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[:2], -1).mean(1) @ params["head"]
+
+
+def time_first(params, x):
+    return through(params, jnp.swapaxes(x, 0, 1)).mean(0) @ params["head"]
+
+
+def pairs(params, x):
+    """Both halves of each example go through one net; and two outputs that no example has for itself."""
+    y = through(params, jnp.concatenate([x[:, 0], x[:, 1]]))
+    one, other = jnp.split(y, 2)
+    return jnp.abs(one - other) @ params["head"], jnp.mean(y), jnp.mean(y, 0)
+
+
+def through(params, x):
+    for w in params["inside"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+@pytest.mark.parametrize("apply_fn", [frames, time_first, pairs])
+def test_nothing_is_cut_while_examples_are_not_on_axis_0(apply_fn):
+    draw = functools.partial(jax.random.normal, jax.random.key(0))
+    params = {"inside": [draw((6, 6)) for _ in range(5)], "head": draw((6, 3))}
+    for size in (1, 4, 6):
+        graph = brecq_jax.trace(apply_fn, params, draw((size, 6, 6)))
+        for granularity in ("layer", "block"):
+            blocks, notes = partition(graph, granularity)
+            assert [[op.name for op in b.ops] for b in blocks] == [[f"inside/{i}" for i in range(5)], ["head"]]
+            assert all(graph.flat.types[i].shape[0] == size for b in blocks for i in (*b.ins, *b.outs))
+            assert len(notes) == 4 * (granularity == "layer") + 2 * (apply_fn is pairs)
+    inputs = draw((16, 6, 6))
+    quantized = brecq_jax.quantize(params, apply_fn, inputs, weights=Uniform(3), activations=None, solver=solvers.brecq(num_steps=4), progress=False)
+    assert [len(b.ops) for b in quantized.report.blocks] == [5, 1]
+
+
+def test_a_long_loop_over_time_is_said():
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ params["h"]), None), x[:, 0], jnp.swapaxes(x, 0, 1))[0]
+
+    for length, said in ((63, False), (64, True)):
+        _, notes = partition(brecq_jax.trace(apply_fn, {"h": jnp.ones((4, 4))}, jnp.ones((2, length, 4))))
+        assert any("h is read 64 times: a loop over time" in note for note in notes) == said

@@ -230,6 +230,23 @@ def test_bad_inputs_are_refused_before_any_work(digits):
         call(images=digits.train_images[:7])
 
 
+@dataclasses.dataclass
+class Unhashable:
+    scale: float
+
+    def __call__(self, params, x):
+        return self.scale * x @ params
+
+
+def test_functions_that_cannot_be_called_are_refused_with_what_to_write():
+    params, x = jnp.ones((4, 4)), np.ones((8, 4), np.float32)
+    with pytest.raises(TypeError, match="Unhashable that has no hash.*Write lambda params, inputs"):
+        brecq_jax.quantize(params, Unhashable(2.0), x, progress=False)
+    for inputs, shapes in ((None, r"float32\[4\]"), (lambda e: e, r"\(float32\[4\], float32\[4\]\)")):
+        with pytest.raises(ValueError, match=f"inputs of {shapes} each.*missing 1 required(.|\n)*inputs=lambda e: e"):
+            brecq_jax.quantize(params, lambda p, x, t: x @ p + t, [(x, x)], inputs=inputs, progress=False)
+
+
 def test_the_report_lists_everything(w3a8):
     report = w3a8.report
     assert "stem/kernel" in report.plan

@@ -168,3 +168,33 @@ def test_the_best_that_was_seen_is_kept(digits):
 def test_a_name_that_is_not_there():
     with pytest.raises(ValueError, match="refined"):
         solvers.by_name("gptq")
+
+
+ERRORS = [solvers.squared_error, solvers.fisher_error, solvers.relative_error, solvers.position_error]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_one_number_per_example_is_one_feature(error):
+    output, target, importance = (jax.random.uniform(jax.random.key(i), (5,)) for i in range(3))
+    np.testing.assert_allclose(error(output, target, importance), error(output[:, None], target[:, None], importance[:, None]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_of_bfloat16_values_are_told_apart(error):
+    target = jnp.ones((1, 1000), jnp.bfloat16)
+    one, more = (error(target.at[0, :n].set(2), target, jnp.ones_like(target)) for n in (500, 501))
+    assert more.dtype == jnp.float32 and more > one
+
+
+def test_a_regression_of_one_number_per_example_is_learned():
+    def apply_fn(params, x):
+        return (jnp.tanh(x @ params["one"]) @ params["two"])[:, 0]
+
+    params = {"one": jax.random.normal(jax.random.key(0), (6, 8)), "two": jax.random.normal(jax.random.key(1), (8, 1))}
+    x = jax.random.normal(jax.random.key(2), (48, 6))
+    nearest, learned = (
+        brecq_jax.quantize(params, apply_fn, x, weights=Uniform(3), activations=None, blocks="net", solver=solver, progress=False)
+        for solver in (solvers.nearest(), solvers.annealed(num_steps=60))
+    )
+    want = apply_fn(params, x)
+    assert jnp.linalg.norm(learned(x) - want) < 0.95 * jnp.linalg.norm(nearest(x) - want)

@@ -131,7 +131,10 @@ def _elements(source: _Source) -> Iterator[Any]:
 
 def _part(element: Any, inputs: str | int | Callable | None, where: str, noun: str) -> Any:
     """The model's input, its arrays with examples on axis 0."""
-    part = jax.tree.map(np.asarray, _select(element, inputs, where))
+    part = _select(element, inputs, where)
+    if any(jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key) for leaf in jax.tree.leaves(part)):
+        raise TypeError(f"calib_ds: {where} holds random keys. Pass numbers alone, and let apply_fn draw with a key of its own.")
+    part = jax.tree.map(np.asarray, part)
     if noun == "example":
         return jax.tree.map(lambda a: a[None], part)
     has_single = isinstance(element, (Mapping, tuple)) and inputs is None and any(_is_number(v) for v in _values(element))

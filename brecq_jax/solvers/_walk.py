@@ -21,7 +21,7 @@ from brecq_jax.solvers._solver import Info, split
 
 
 def squared_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
-    """|output − target|² of each example: summed over the last axis (channels), averaged over positions."""
+    """|output − target|² of each example: summed over the last axis (channels; one number per example is one), averaged over positions."""
     return _per_example(jnp.square(output - target))
 
 
@@ -40,11 +40,14 @@ def position_error(output: Float[Array, "batch *feature"], target: Float[Array, 
 
     So padding counts nothing, of which a masked model's prediction knows nothing.
     """
-    weight = jnp.mean(importance, -1, keepdims=True)
+    weight = jnp.mean(importance, -1, keepdims=True) if importance.ndim > 1 else importance
     return _per_example(weight * jnp.square(output - target)) / (jnp.mean(_per_example(weight * jnp.square(target))) + TINY)
 
 
 def _per_example(squares):
+    squares = squares.astype(jnp.promote_types(squares.dtype, jnp.float32))  # bfloat16 has three digits, and an error of a block moves in the third
+    if squares.ndim == 1:
+        return squares
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
@@ -107,7 +110,7 @@ class Walk:
     @functools.cached_property
     def predictions(self) -> np.ndarray | None:
         """The float model's outputs, if they are one array of logits."""
-        if len(self.graph.flat.outputs) != 1:
+        if len(self.graph.flat.outputs) != 1 or not self.graph.by_example.issuperset(self.graph.flat.outputs):
             return None
         net = whole(self.graph)
         stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size)

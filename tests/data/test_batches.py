@@ -180,6 +180,7 @@ BAD = {
     "strings in an array": ([np.array(["a", "b"])], TypeError, "Pass numbers"),
     "list of strings": (["a.png", "b.png"], TypeError, "Pass numbers"),
     "complex": (np.zeros((2, 3), complex), TypeError, "holds complex128 values"),
+    "random keys": ([{"x": (IMAGES, jax.random.split(jax.random.key(0), 12))}], TypeError, "let apply_fn draw with a key of its own"),
     "string": ("folder/", TypeError, "is a str, which holds no batches"),
     "number": (3, TypeError, "is a int, which holds no batches"),
     "none": (None, TypeError, "is a NoneType, which holds no batches"),

@@ -34,6 +34,7 @@ OPS = {
     "dense, the weight first": ((24, 6), (10, 24), lambda params, x: jnp.einsum("oi,bis->obs", params["w"], x)),
     "heads": ((5, 12), (12, 3, 4), lambda params, x: jnp.einsum("bsi,ihd->bhsd", x, params["w"])),
     "a weight for each batch": ((4, 12), (4, 12, 5), lambda params, x: jnp.einsum("bgi,gio->bgo", x, params["w"])),
+    "flipped weight": ((12,), (12, 10), lambda params, x: x @ params["w"][::-1]),
     "transposed weight": ((12,), (10, 12), lambda params, x: x @ params["w"].T),
     "conv": ((9, 9, 20), (3, 3, 20, 24), conv(window_strides=(1, 1), padding="SAME")),
     "conv of few channels": ((9, 9, 12), (3, 3, 12, 16), conv(window_strides=(1, 1), padding="SAME")),
