@@ -88,7 +88,8 @@ def test_one_format_is_for_products_too_and_the_report_says_what_stays_float(par
     assert "attn/product#2/left" in everything.report.plan
     some = quantize(params, tokens, activations={".*product/.*": None, ".*": Uniform(8)})
     assert "1 matrix products of two values" in dict(some.report.skipped)
-    again = quantize(params, tokens, activations=brecq_jax.make_plan(brecq_jax.trace(attention, params, tokens), None, Uniform(8)).rules["activations"])
+    plan = brecq_jax.make_plan(brecq_jax.trace(attention, params, tokens), None, Uniform(8))
+    again = quantize(params, tokens, activations=plan.rules["activations"])
     np.testing.assert_array_equal(again(tokens), everything(tokens))
 
 
@@ -114,7 +115,10 @@ def test_ops_and_products_that_read_one_value_share_its_grid(tokens):
         quantize(kernel, tokens, apply_fn, activations=PerToken(8, group_size=5))
 
 
-@pytest.mark.parametrize("solver", [solvers.annealed(num_steps=20), solvers.brecq(num_steps=10, act_steps=20), solvers.lapq(iterations=1)], ids=["annealed", "brecq", "lapq"])
+SOLVERS = {"annealed": solvers.annealed(num_steps=20), "brecq": solvers.brecq(num_steps=10, act_steps=20), "lapq": solvers.lapq(iterations=1)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 def test_steps_of_products_are_learned(params, tokens, solver):
     settings = {"weights": Uniform(4), "activations": Uniform(4), "blocks": "net"}
     guess, learned = (quantize(params, tokens, solver=s, **settings) for s in (solvers.nearest(), solver))
