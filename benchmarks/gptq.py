@@ -5,9 +5,11 @@ r"""Four-bit rounding of dense layers: GPTQ of `qwix` against ours, each in a pr
 
 Without a folder the model is a plain MLP (64, 128, 128, 10) trained on scikit-learn's digits; with one it is MiniLM's first encoder layers, and
 embeddings stay float. Symmetric grids, per channel and in groups. Printed, as markdown: each layer's error on held-out inputs of the float model,
-‖x(Ŵ − W)‖² / ‖xW‖² in per cent; medians over rounds of wall seconds from float weights and calibration inputs to rounded weights, with all
-compilation, and of CPU seconds; the peak of the process's memory before and after. `qwix` (pip install qwix) has GPTQ in `qwix.contrib.gptq`:
-it reads the float model's inputs; `second_order` and `annealed` read what the layers before, quantized, make of them.
+‖x(Ŵ − W)‖² / ‖xW‖² in per cent, and that of the model's output with all of them rounded; medians over rounds of wall seconds from float weights
+and calibration inputs to rounded weights, with all compilation, and of CPU seconds; the peak of the process's memory before and after.
+
+`qwix` (pip install qwix) has GPTQ in `qwix.contrib.gptq`: it reads the float model's inputs. `second_order` and `annealed` read what the layers
+before, quantized, make of them, and `annealed` learns what a block gives, not its layers one by one.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import brecq_jax
 from brecq_jax import data, models, solvers
@@ -128,8 +131,21 @@ def seen_by_layers(model, variables, inputs) -> dict[str, np.ndarray]:
     return found
 
 
-def kernel_of(variables, layer: str) -> np.ndarray:
-    return np.asarray(functools.reduce(lambda tree, name: tree[name], [*layer.split("/"), "kernel"], variables["params"]), np.float32)
+def kernels(variables, layers) -> dict[str, np.ndarray]:
+    flat = flatten_dict(variables["params"], sep="/")
+    return {layer: np.asarray(flat[f"{layer}/kernel"], np.float32) for layer in layers}
+
+
+def errors_of(model, variables, inputs, rounded: dict[str, np.ndarray]) -> dict[str, float]:
+    """Of each layer, and of the model with all its layers rounded; per cent."""
+    exact, seen = kernels(variables, rounded), seen_by_layers(model, variables, inputs)
+    found = {layer: error(x @ rounded[layer], x @ exact[layer]) for layer, x in seen.items()}
+    flat = flatten_dict(variables["params"], sep="/") | {f"{layer}/kernel": kernel for layer, kernel in rounded.items()}
+    return found | {"output": error(model.apply({"params": unflatten_dict(flat, sep="/")}, inputs), model.apply(variables, inputs))}
+
+
+def error(y, target) -> float:
+    return 100 * float(np.sum(np.square(y - target)) / np.sum(np.square(target)))
 
 
 def peak_mb() -> float:
@@ -143,7 +159,7 @@ def measure(method: str, model, variables, calibration, groups: int, path: str):
     before, wall, cpu = peak_mb(), time.perf_counter(), time.process_time()
     rounded = jax.block_until_ready(METHODS[method](model, variables, calibration, groups))
     figures = [time.perf_counter() - wall, time.process_time() - cpu, before, peak_mb()]
-    np.savez(path, figures=figures, **{layer: kernel_of(rounded, layer) for layer in layers})
+    np.savez(path, figures=figures, **kernels(rounded, layers))
 
 
 def main():
@@ -167,27 +183,24 @@ def main():
         for name in [n for n in METHODS if n.startswith("qwix")]:
             del METHODS[name]
     runs = [(method, int(groups)) for groups in args.groups.split(",") for method in METHODS]
-    found, seen = {run: [] for run in runs}, seen_by_layers(model, variables, held_out)
+    found = {run: [] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/one.npz"
         for _ in range(args.rounds):
             for method, groups in runs:
                 subprocess.run([sys.executable, *sys.argv, "--one", method, str(groups), path], check=True)
-                one = dict(np.load(path))
-                errors = {layer: 100 * error(x, kernel_of(variables, layer), one[layer]) for layer, x in seen.items()}
-                found[method, groups].append((errors, one["figures"]))
-                print(method, groups, errors, one["figures"].round(1).tolist(), file=sys.stderr, flush=True)
-    names = [layer.rpartition("/")[2] if args.layers == 1 else layer for layer in seen]
+                rounded = dict(np.load(path))
+                figures = rounded.pop("figures")
+                errors = errors_of(model, variables, held_out, rounded)
+                found[method, groups].append((errors, figures))
+                print(method, groups, errors, figures.round(1).tolist(), file=sys.stderr, flush=True)
+    names = [layer.rpartition("/")[2] if args.layers == 1 else layer for layer in errors]
     print("| method | groups |", " | ".join(names), "| wall s | CPU s | MB before, after |")
     print("|" + "---|" * (len(names) + 5))
     for (method, groups), rounds in found.items():
         wall, cpu, before, after = np.median([figures for _, figures in rounds], 0)
         errors = [f"{e:.3f}" for e in rounds[0][0].values()]
         print("|", " | ".join([method, str(groups or "–"), *errors, f"{wall:.1f}", f"{cpu:.1f}", f"{before:.0f}, {after:.0f}"]), "|")
-
-
-def error(x, kernel, rounded) -> float:
-    return float(np.sum(np.square(x @ (rounded - kernel))) / np.sum(np.square(x @ kernel)))
 
 
 if __name__ == "__main__":
