@@ -97,7 +97,7 @@ def _observe(program, batch_size, inputs, params, constants):
     seen = {}
 
     def on_input(number, x):
-        site = program.ops[number].site
+        site = program.reads[number].site
         if site >= 0 and site not in seen:
             flat = x.reshape(-1).astype(jnp.float32)
             # As many of every activation: one compilation of `fit`.

@@ -6,7 +6,6 @@ value derived from the inputs. Nothing is registered and no class is known; name
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from brecq_jax import _jaxpr
 from brecq_jax._jaxpr import Flat, Step
+from brecq_jax._products import Product, dense_macs, find_products, site_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +47,11 @@ class Op:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """A traced program. `ops` in program order; `skipped`: (what, why) kept in float."""
+    """A traced program. `ops` and `products` (of two values) in program order; `skipped`: (what, why) kept in float."""
 
     flat: Flat
     ops: tuple[Op, ...]
+    products: tuple[Product, ...]
     weights: dict[str, Weight]
     leaves: tuple[tuple[str, tuple[int, ...]], ...]  # (name, shape) of each flattened parameter
     origins: dict[int, tuple[int, tuple[int, ...]]]  # id -> (leaf, slice): values that are parameters
@@ -107,8 +108,9 @@ def trace(apply_fn: Callable, params: Any, batch: Any) -> Graph:
     reader.read()
     if not reader.ops:
         raise ValueError(_no_ops_message(reader, leaves))
+    ops, products = reader.with_sites()
     return Graph(
-        flat, reader.ops_with_sites(), reader.weights, leaves, reader.origins,
+        flat, ops, products, reader.weights, leaves, reader.origins,
         frozenset(reader.data), frozenset(reader.heavy), reader.all_skipped(),
         params_tree, jax.tree.structure(out_shape), abstract[1], lambda batch: _jaxpr.flatten(apply_fn, abstract[0], batch)[0],
     )  # fmt: skip
@@ -144,7 +146,6 @@ class _Reader:
         self.weights: dict[str, Weight] = {}
         self.skipped: dict[str, str] = {}
         self.captured: list[str] = []
-        self.products = 0  # of two values
         params, inputs = flat.inputs[: len(leaves)], flat.inputs[len(leaves) :]
         self.origins = {ident: (leaf, ()) for leaf, ident in enumerate(params)}
         self.roots: dict[int, frozenset[int]] = {i: frozenset((i,)) for i in params}
@@ -176,8 +177,6 @@ class _Reader:
                 return True
             return False
         operands = [step.operand(p) for p in (0, 1)]
-        if step.primitive == "dot_general" and self.data.issuperset(operands):
-            self.products += 1
         for weight_position in (0, 1) if step.primitive == "dot_general" else ((1,) if "conv" in step.primitive else (0,)):
             weight, data = operands[weight_position], operands[1 - weight_position]
             if weight in self.data or data not in self.data:
@@ -273,27 +272,22 @@ class _Reader:
                 found.append(axis)
         return tuple(found)
 
-    def ops_with_sites(self) -> tuple[Op, ...]:
+    def with_sites(self) -> tuple[tuple[Op, ...], tuple[Product, ...]]:
+        """The ops, and the products of two values, with the names of what they read."""
         names: dict[int, str] = {}
         found = []
         for op in self.ops:
-            value = op.data
-            while value in self.maker and self.maker[value].primitive in _jaxpr.STRUCTURAL:
-                value = self.maker[value].inputs[0]
-            site = names.setdefault(value, op.name)
-            found.append(dataclasses.replace(op, site=site, site_value=value))
-        return tuple(found)
+            value = site_value(self.maker, op.data)
+            found.append(dataclasses.replace(op, site=names.setdefault(value, op.name), site_value=value))
+        return tuple(found), find_products(self.flat, self.data, {op.step: op.weight for op in self.ops}, names)
 
     def macs(self, step, weight) -> int:
-        # No int(): a program that is exported has a batch size without a number.
         out = self.flat.types[step.outputs[0]]
         size = self.flat.types[weight].size
         if step.primitive == "gather":
             return 0
         if step.primitive == "dot_general":
-            (lhs, _), _ = step.params["dimension_numbers"]
-            shape = self.flat.types[step.inputs[0]].shape
-            return out.size * math.prod(shape[a] for a in lhs)
+            return dense_macs(self.flat, step)
         channels = self.flat.types[weight].shape[step.params["dimension_numbers"].rhs_spec[0]]
         return out.size * size // max(channels, 1)
 
@@ -317,8 +311,6 @@ class _Reader:
         for leaf, (name, shape) in enumerate(self.leaves):
             if len(shape) >= 2 and leaf not in used and name not in self.skipped:
                 self.skipped[name] = "no matrix product, convolution or lookup reads it"
-        if self.products:
-            self.skipped[f"{self.products} matrix products of two values"] = "neither operand is a weight (queries and keys, say)"
         for what in self.captured:
             self.skipped[what] = "it is captured by the function, not one of its parameters"
         return tuple((n, why) for n, why in self.skipped.items() if n not in self.weights)

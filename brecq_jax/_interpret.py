@@ -13,6 +13,7 @@ import jax
 
 from brecq_jax._graph import Graph, Op
 from brecq_jax._jaxpr import Step
+from brecq_jax._products import Factor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,17 @@ class LocalOp:
     direct: bool  # the op reads the weight itself, with nothing in between
 
 
+@dataclasses.dataclass(frozen=True)
+class LocalFactor:
+    """One operand of a product of two values, as its program sees it. `site`: position among `sites`."""
+
+    step: int
+    data_position: int
+    token_axis: int
+    site: int
+    kind: str = "product"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """Steps over local ids. Equality and hash are those of `key`: structure and shapes, not names or values."""
@@ -38,7 +50,13 @@ class Program:
     constants: tuple[int, ...]
     outputs: tuple[int, ...]
     ops: tuple[LocalOp, ...]
+    factors: tuple[LocalFactor, ...]
     sites: tuple[int, ...]
+
+    @property
+    def reads(self) -> tuple[LocalOp | LocalFactor, ...]:
+        """What reads a value that may be quantized, as `run` numbers it: ops, then factors."""
+        return self.ops + self.factors
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Program) and self.key == other.key
@@ -82,12 +100,15 @@ def run(
 
     Hooks:
       on_value(site, value): replaces a value that ops read, for everything that reads it.
-      on_input(op, operand): replaces what one op reads.
+      on_input(read, operand): replaces what one of `program.reads` reads.
       on_op(op, step, operands): replaces an op; `operands` are the step's inputs. None: run it as it is.
     """
     env: dict[int, jax.Array] = {}
     site_of = {ident: site for site, ident in enumerate(program.sites)}
     op_of = {op.step: number for number, op in enumerate(program.ops)}
+    reads: dict[int, list[int]] = {}
+    for number, read in enumerate(program.reads):
+        reads.setdefault(read.step, []).append(number)
 
     def write(ident: int, value: jax.Array):
         env[ident] = on_value(site_of[ident], value) if on_value and ident in site_of else value
@@ -97,14 +118,12 @@ def run(
             write(ident, value)
     for position, (step, ids, outs) in enumerate(program.steps):
         operands = [env[i] for i in ids]
-        number = op_of.get(position)
         results = None
-        if number is not None:
-            slot = step.arguments[program.ops[number].data_position]
-            if on_input:
-                operands[slot] = on_input(number, operands[slot])
-            if on_op:
-                results = on_op(number, step, operands)
+        for number in reads.get(position, ()) if on_input else ():
+            slot = step.arguments[program.reads[number].data_position]
+            operands[slot] = on_input(number, operands[slot])
+        if on_op and position in op_of:
+            results = on_op(op_of[position], step, operands)
         for ident, value in zip(outs, step.run(*operands) if results is None else results, strict=True):
             write(ident, value)
     return tuple(env[i] for i in program.outputs)
@@ -157,11 +176,12 @@ def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence
         for ident in set(outs) - made - set(params) - set(constants) - seen:
             (ins if ident in graph.data else params if ident in graph.origins else constants)[ident] = None
     ops = tuple(op for op in graph.ops if op.step in chosen and start <= op.step < stop)
+    factors = tuple(f for product in graph.products for f in product.factors if start <= f.step < stop)
     steps = sorted(chosen)
-    return _block(graph, name, ops, steps, sorted(ins), sorted(params), sorted(constants), outs)
+    return _block(graph, name, ops, factors, steps, sorted(ins), sorted(params), sorted(constants), outs)
 
 
-def _block(graph, name, ops, positions, ins, params, constants, outs) -> Block:
+def _block(graph, name, ops, factors, positions, ins, params, constants, outs) -> Block:
     flat, local = graph.flat, {}
 
     def number(ident: int) -> int:
@@ -171,8 +191,9 @@ def _block(graph, name, ops, positions, ins, params, constants, outs) -> Block:
     steps = tuple((flat.steps[t], tuple(map(number, flat.steps[t].inputs)), tuple(map(number, flat.steps[t].outputs))) for t in positions)
     out_ids = tuple(number(i) for i in outs)
     at = {t: i for i, t in enumerate(positions)}
-    site_names = tuple(dict.fromkeys(op.site for op in ops if op.kind != "embed"))
-    value_of = {op.site: op.site_value for op in ops}
+    reads = *(op for op in ops if op.kind != "embed"), *factors
+    site_names = tuple(dict.fromkeys(read.site for read in reads))
+    value_of = {read.site: read.site_value for read in reads}
     # A site whose value is made in another block, and enters reshaped, is known here by what enters.
     sites = tuple(number(value_of[s]) if value_of[s] in local else -1 for s in site_names)
     slots = {graph.origins[i]: slot for slot, i in enumerate(params)}
@@ -182,21 +203,30 @@ def _block(graph, name, ops, positions, ins, params, constants, outs) -> Block:
         slot = slots[(weight.leaf, weight.index)]
         site = site_names.index(op.site) if op.site in site_names else -1
         locals_.append(LocalOp(op.kind, at[op.step], op.data_position, slot, site, params[slot] == op.weight_value))
+    local_factors = tuple(LocalFactor(at[f.step], f.data_position, f.token_axis, site_names.index(f.site)) for f in factors)
     key = (
         tuple((step.signature, i, o) for step, i, o in steps),
         tuple(str(flat.types[i]) for i in (*ins, *params, *constants)),
-        in_ids, param_ids, const_ids, out_ids, tuple(locals_), sites,
+        in_ids, param_ids, const_ids, out_ids, tuple(locals_), local_factors, sites,
     )  # fmt: skip
-    program = Program(key, steps, in_ids, param_ids, const_ids, out_ids, tuple(locals_), sites)
+    program = Program(key, steps, in_ids, param_ids, const_ids, out_ids, tuple(locals_), local_factors, sites)
     values = tuple(flat.constants[i] for i in constants)
     return Block(name, ops, program, tuple(ins), tuple(outs), tuple(params), values, site_names)
 
 
-def contraction_axis(op: Op | LocalOp, step: Step) -> tuple[int, int]:
-    """(the data's axis that a dense op or a convolution sums over, of several the fastest; how many groups share it)."""
-    if op.kind == "conv":
+def contraction_axis(read: Op | LocalOp | Factor | LocalFactor, step: Step) -> tuple[int, int]:
+    """(the data's axis that a matrix product or a convolution sums over, of several the fastest; how many groups share it)."""
+    if read.kind == "conv":
         return step.params["dimension_numbers"].lhs_spec[1], step.params["feature_group_count"]
-    return step.params["dimension_numbers"][0][op.data_position][-1], 1
+    return step.params["dimension_numbers"][0][read.data_position][-1], 1
+
+
+def token_axes(read: Op | LocalOp | Factor | LocalFactor, step: Step) -> tuple[int, ...]:
+    """The data's axes along which the elements of one token lie: what a dense op sums over, the features of what a product reads.
+
+    A product may sum over tokens, as attention's of what it attends to: a range for what it adds up would look at padding, and ahead.
+    """
+    return (read.token_axis,) if isinstance(read, (Factor, LocalFactor)) else step.params["dimension_numbers"][0][read.data_position]
 
 
 def whole(graph: Graph) -> Block:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph, Weight, trace
-from brecq_jax._interpret import Block, contraction_axis, param_values, run, whole
+from brecq_jax._interpret import Block, contraction_axis, param_values, run, token_axes, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._journal import Journal
 from brecq_jax._plan import Activation, Plan
@@ -223,17 +223,17 @@ def quantize_hooks(
     hooks = site_hooks(block.program, quantize, whole_values)
 
     def recoded(number: int, x):
-        op, x = block.program.ops[number], hooks["on_input"](number, x)
-        name, step = block.sites[op.site] if op.site >= 0 else None, block.program.steps[op.step][0]
+        read, x = block.program.reads[number], hooks["on_input"](number, x)
+        name, step = block.sites[read.site] if read.site >= 0 else None, block.program.steps[read.step][0]
         format = formats.get(name)
         if isinstance(format, PerToken):
-            read = format.fake_quantize(x, step.params["dimension_numbers"][0][op.data_position])
+            rounded = format.fake_quantize(x, token_axes(read, step))
         elif isinstance(format, Sparq) and name in grids:
-            read = format.fake_recode(x, jnp.squeeze(grids[name].scale), contraction_axis(op, step)[0])
+            rounded = format.fake_recode(x, jnp.squeeze(grids[name].scale), contraction_axis(read, step)[0])
         else:
             return x
         # the same key: what stayed float there stays float here
-        return read if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], op.site), x, read)
+        return rounded if drop is None else dropped(drop[0], jax.random.fold_in(drop[1], read.site), x, rounded)
 
     return hooks | {"on_input": recoded}
 
@@ -242,9 +242,9 @@ def site_hooks(program: BlockProgram, quantize: Callable[[int, jax.Array], jax.A
     """Hooks of `run` that call `quantize(site, x)` on whole values, or on what ops read of them."""
 
     def on_input(number: int, x):
-        op = program.ops[number]
-        inside = whole_values and op.site >= 0 and program.sites[op.site] >= 0
-        return x if op.site < 0 or inside else quantize(op.site, x)
+        read = program.reads[number]
+        inside = whole_values and read.site >= 0 and program.sites[read.site] >= 0
+        return x if read.site < 0 or inside else quantize(read.site, x)
 
     return {"on_input": on_input, "on_value": quantize} if whole_values else {"on_input": on_input}
 

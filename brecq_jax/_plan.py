@@ -13,7 +13,8 @@ import rich.console
 import rich.table
 
 from brecq_jax._graph import Graph, Op, Weight
-from brecq_jax._interpret import contraction_axis
+from brecq_jax._interpret import contraction_axis, token_axes
+from brecq_jax._products import Factor
 from brecq_jax.formats import Binary, Format, Multipoint, PerToken, Sparq, TailRange, Ternary, Uniform
 
 PRESETS = ("brecq", "uniform")
@@ -28,8 +29,8 @@ class Plan:
     """What is quantized, and how: total over the graph's weights and over the values that its ops read.
 
     `weights`: name -> format, None stays float. `activations`: value -> format; a value is named by the first op that
-    reads it. `whole_values`: the quantized value replaces the original for everything that reads it (so that a residual
-    sum adds quantized values); otherwise weighted ops alone see it.
+    reads it, or else by the first product of two values and the side it has there. `whole_values`: the quantized value replaces the original for everything that reads it (so that a residual
+    sum adds quantized values); otherwise ops and products alone see it.
     """
 
     weights: Mapping[str, Format | None]
@@ -56,7 +57,7 @@ class Plan:
         ratio = self.float_bits / max(self.size_bits, 1)
         last = f"weights: {self.size_bits / 8e6:.3f} MB, in float {self.float_bits / 8e6:.3f} MB ({ratio:.2f} times smaller)"
         if any(self.activations.values()):
-            whom = "everything that reads a value" if self.whole_values else "weighted ops alone (residual sums stay float)"
+            whom = "everything that reads a value" if self.whole_values else "what multiplies alone (residual sums stay float)"
             last += f"\nactivations are quantized for {whom}; preset: {self.preset}"
         kept = "".join(f"\nkept float: {name}: {why}" for name, why in self.skipped)
         return render(table) + last + kept
@@ -68,7 +69,9 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     Args:
       weights: one format for all, None for float, or `{pattern: format}`: the first rule whose regular expression
         matches the whole name wins; names that no rule matches stay float.
-      activations: the same, for the values that ops read (named by the first op that reads them).
+      activations: the same, for the values that ops read (named by the first op that reads them), and for those that products of two
+        values read: attention's q·kᵀ reads `…/attn/product/left` and `/right`, p·v `…/attn/product#2/left` and `/right`, and the plan says of
+        which weights each is made. A token that they read is one head's, and its range in `PerToken` has no groups.
       preset: "brecq": first and last layer's weights, the first layer's output and the last layer's input at 8 bits,
         the network's input float, whole values quantized (residual sums add quantized values). "uniform": first and
         last layer's weights and the network's input at 8 bits, every other activation at the stated bits, residual
@@ -80,8 +83,9 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset={preset!r}: write one of {', '.join(map(repr, PRESETS))} or None.")
-    sites = {op.site: op for op in reversed(graph.ops) if op.kind != "embed"}
-    sites = {op.site: sites[op.site] for op in graph.ops if op.site in sites}
+    sites: dict[str, Op | Factor] = {}
+    for read in _reads(graph):
+        sites.setdefault(read.site, read)
     by_rule_w = _match("weights", weights, list(graph.weights))
     by_rule_a = _match("activations", activations, list(sites))
     first, last = graph.ops[0], graph.ops[-1]
@@ -93,21 +97,24 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
         chosen_w[name] = _for_weight(format, weight)
     after_first = _fed_by_first(graph)
     chosen_a: dict[str, Activation | None] = {}
-    for name, op in sites.items():
+    for name, read in sites.items():
         format, ruled = by_rule_a[name]
         if preset and not ruled and format is not None:
-            reads_input = op.site_value not in graph.heavy
-            edge = reads_input or (preset == "brecq" and (op.site_value in after_first or op.site == last.site))
+            reads_input = read.site_value not in graph.heavy
+            edge = reads_input or (preset == "brecq" and (read.site_value in after_first or name == last.site))
             format = None if reads_input and preset == "brecq" else _at_edge(format) if edge else format
+        if isinstance(format, PerToken) and isinstance(read, Factor):
+            format = PerToken(format.bits)
         chosen_a[name] = _for_activation(format, name, graph)
     _check_slices(graph, chosen_w)
     rows, sizes = [], {}
     for op in graph.ops:
         rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
+    rows.extend(_factor_row(f, chosen_a[f.site]) for f in _factors(graph) if chosen_a[f.site] is not None)
     others = sum(math.prod(s) for n, s in graph.leaves) - sum(math.prod(w.shape) for w in graph.weights.values())
     size = sum(sizes.values()) + 32 * others
     total = 32 * sum(math.prod(s) for _, s in graph.leaves)
-    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), total, size, graph.skipped)
+    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), total, size, graph.skipped + _float_products(graph, chosen_a))
 
 
 def render(renderable: Any, width: int = 120) -> str:
@@ -124,6 +131,23 @@ class _Null:
 
     def flush(self):
         pass
+
+
+def _factors(graph: Graph) -> list[Factor]:
+    return [factor for product in graph.products for factor in product.factors]
+
+
+def _reads(graph: Graph) -> list[Op | Factor]:
+    """What reads a value that may be quantized."""
+    return [op for op in graph.ops if op.kind != "embed"] + _factors(graph)
+
+
+def _float_products(graph: Graph, chosen: Mapping[str, Activation | None]) -> tuple[tuple[str, str], ...]:
+    """(what, why) of the products that read a float value."""
+    names = [product.name for product in graph.products if any(chosen[f.site] is None for f in product.factors)]
+    shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+    why = f"neither operand is a weight (queries and keys, say), and the plan leaves what they read float: {shown}"
+    return ((f"{len(names)} matrix products of two values", why),) if names else ()
 
 
 def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format | None, bool]]:
@@ -192,16 +216,16 @@ def _for_activation(format: Format | Sparq | PerToken | None, name: str, graph: 
 
 
 def _check_tokens(graph: Graph, name: str, format: PerToken):
-    """Raise ValueError if an op that reads this value is a convolution, or sums over what groups do not divide."""
-    for op in graph.ops:
-        if op.site != name or op.kind == "embed":
+    """Raise ValueError if one that reads this value is a convolution, or has tokens that groups do not divide."""
+    for read in _reads(graph):
+        if read.site != name:
             continue
-        if op.kind == "conv":
+        if read.kind == "conv":
             raise ValueError(
-                f"activations: {name} is given {format}, and the convolution {op.name} reads no tokens. Write Uniform({format.bits})."
+                f"activations: {name} is given {format}, and the convolution {read.name} reads no tokens. Write Uniform({format.bits})."
             )
-        shape = graph.flat.types[op.data].shape
-        elements = shape[contraction_axis(op, graph.flat.steps[op.step])[0]]
+        shape = graph.flat.types[read.data].shape
+        elements = shape[token_axes(read, graph.flat.steps[read.step])[-1]]
         try:
             format.check((math.prod(shape) // elements, elements))
         except ValueError as error:
@@ -209,15 +233,15 @@ def _check_tokens(graph: Graph, name: str, format: PerToken):
 
 
 def _check_pairs(graph: Graph, name: str):
-    """Raise ValueError if an op that reads this value has no pairs to share bits."""
-    for op in graph.ops:
-        if op.site != name or op.kind == "embed":
+    """Raise ValueError if one that reads this value has no pairs to share bits."""
+    for read in _reads(graph):
+        if read.site != name:
             continue
-        axis, groups = contraction_axis(op, graph.flat.steps[op.step])
-        channels = graph.flat.types[op.data].shape[axis] // groups
+        axis, groups = contraction_axis(read, graph.flat.steps[read.step])
+        channels = graph.flat.types[read.data].shape[axis] // groups
         if channels == 1 or groups > 1 and channels % 2:
             raise ValueError(
-                f"activations: {name} is given Sparq in pairs, two channels that one sum adds up; {op.name} adds up {channels} in each of its\n"
+                f"activations: {name} is given Sparq in pairs, two channels that one sum adds up; {read.name} adds up {channels} in each of its\n"
                 f"  {groups} groups. Write Uniform(8) for this name, or Sparq(…, pairs=False)."
             )
 
@@ -260,6 +284,12 @@ def _row(graph: Graph, op: Op, format: Format | None, activation: Activation | N
         op.name, "×".join(map(str, weight.shape)), describe(format), f"{per:.2f}",
         "indices" if op.kind == "embed" else describe(activation), "; ".join(remark),
     )  # fmt: skip
+
+
+def _factor_row(factor: Factor, activation: Activation) -> tuple[str, ...]:
+    made_of = ", ".join(factor.made_of[:2]) + (", …" if len(factor.made_of) > 2 else "")
+    remark = f"made of {made_of}" if factor.site == factor.name else f"reads what {factor.site} reads"
+    return factor.name, "", "", "", describe(activation), remark
 
 
 def describe(format: Format | Sparq | PerToken | None) -> str:

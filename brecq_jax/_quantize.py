@@ -55,7 +55,7 @@ def quantize(
       calib_ds: a few hundred unlabelled inputs: an array, a list of batches, a function that returns an iterator of
         them, a generator, a tf.data.Dataset, a tfds data source, a grain loader.
       weights: a Format for all, None for float, or {name pattern: Format or None}, first match wins.
-      activations: the same for what weighted ops read; None for weights alone.
+      activations: the same for what weighted ops and products of two values (attention's) read; None for weights alone.
       preset: "brecq" or "uniform", see `make_plan`; rules win over it.
       solver: None: `DEFAULT_SOLVER`; or `solvers.nearest()`, `.adaround()`, …
       blocks: "layer", "block", "stage", "net", or a list of name patterns.
@@ -188,6 +188,6 @@ def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, s
         for r in info
     )
     return Report(
-        blocks=records, tensors=tuple(tensors), activations=tuple(activations), skipped=graph.skipped, plan=str(plan),
+        blocks=records, tensors=tuple(tensors), activations=tuple(activations), skipped=plan.skipped, plan=str(plan),
         wall_seconds=seconds, compiled_programs=solvers.compiled_programs(), notes=tuple(notes),
     )  # fmt: skip

@@ -7,7 +7,7 @@ r"""MiniLM, fine-tuned on the sentiment of film reviews, at one bit a weight: Bi
 
 The float network is fine-tuned first; it is the teacher. `recipe` is "split" (ternary, split, binary), "ternary", "direct" (two binary
 points from the float weights on, as large as "split") or "binary" (one point, half as large). Tensors have one scale, word vectors one each;
-biases, norms, positions and the classifier stay float; attention's own two products read float values.
+biases, norms, positions and the classifier stay float.
 """
 
 import dataclasses
@@ -60,6 +60,7 @@ class Config:
     layers: int = 6  # the first so many of MiniLM's
     length: int = 48  # tokens; longer sentences are cut
     act_bits: int = 8
+    float_values: str = "classifier.*"  # a pattern of what stays float of what is read; with "|.*product.*" what attention's own products read, too
     num_steps: int = 1_000  # of each stage of each training; "ternary", "direct" and "binary" have one training, and twice as many
     learning_rate: float = 1e-4  # of distillation
     finetune_steps: int = 1_000
@@ -102,7 +103,7 @@ class Config:
             train_tokens,
             evaluate,
             weights={"classifier.*|.*position.*|.*/type/.*": None, ".*word.*": dataclasses.replace(format, granularity="per_channel"), ".*": format},
-            activations={"classifier.*": None, ".*": Uniform(self.act_bits)} if self.act_bits else None,
+            activations={self.float_values: None, ".*": Uniform(self.act_bits)} if self.act_bits else None,
             solver=solver(functools.partial(features, model), *settings),
             seed=self.seed,
         )

@@ -31,9 +31,9 @@ class Config:
     table_bits: int = 8  # of the word embeddings
     table_group: int = 0  # so many elements share a scale; 0: a row does
     act_bits: int = 8  # 0: float
-    act_group: int = 64  # so many elements of a token share a range; 0: a token does
+    act_group: int = 64  # so many elements of a token share a range; 0: a token does. What attention's own products read: a head of a token does
     per_token: bool = True  # ranges of activations are found for each token; False: calibrated, one for all
-    float_values: str = ""  # a pattern of what stays float of what ops read, beside act_bits
+    float_values: str = ""  # a pattern of what stays float of what is read, beside act_bits; ".*product.*": what attention's own products read
     method: str = "annealed"  # a name that `solvers.by_name` knows
     num_steps: int = 100
     calibration: int = 128

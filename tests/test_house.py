@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "brecq_jax"
 FLOORS = [
     {"_jaxpr", "formats", "data", "report", "models", "_journal", "_progress", "_sharding", "_nnx"},
+    {"_products"},
     {"_graph", "_qarray"},
     {"_interpret"},
     {"_blocks", "_plan", "_fast_ops", "_memory"},

@@ -49,7 +49,7 @@ class Reading:
                 self.readers.setdefault(ident, []).append(step)
         for ident in graph.flat.outputs:
             self.readers.setdefault(ident, []).append(None)
-        self.sites = {op.site_value for op in graph.ops}
+        self.sites = {read.site_value for read in (*graph.ops, *(f for product in graph.products for f in product.factors))}
 
     def step(self, op: Op) -> Step:
         return self.graph.flat.steps[op.step]
@@ -218,8 +218,8 @@ def rewrite(reading: Reading, block: Block, taken: Mapping[str, Taken]) -> Progr
     for n in kept:
         step, ids, own = program.steps[n]
         steps.append((step, ids, outs[id(result[id(step)])] if id(step) in result else own))
-    ops = tuple(dataclasses.replace(op, step=at[op.step]) for op in program.ops)
-    return dataclasses.replace(program, key=(program.key, tuple(taken.items())), steps=tuple(steps), ops=ops)
+    ops, factors = (tuple(dataclasses.replace(read, step=at[read.step]) for read in reads) for reads in (program.ops, program.factors))
+    return dataclasses.replace(program, key=(program.key, tuple(taken.items())), steps=tuple(steps), ops=ops, factors=factors)
 
 
 def _through(chain: Sequence[Step], array):

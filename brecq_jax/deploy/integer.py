@@ -120,6 +120,7 @@ def to_integer(quantized: Quantized, inputs: Any) -> Integer:
         taken[op.name], ops[op.name] = _choose(reading, op, found[op.name], clips.get(op.name), {o.name for o in able}, quantized)
     params = packed_params(quantized)
     why = tuple((name, reason) for name, reason in kept_float.items() if reason is not None)
+    why += tuple((product.name, "it multiplies two values, on their grids where the plan has some, as floats") for product in graph.products)
     return Integer(params, quantized.activations, ops, quantized.program, tuple(taken.values()), why)
 
 
@@ -196,7 +197,7 @@ def _call(integer: Integer, inputs):
         return fast_op(number, step, operands) if y is None else [y]
 
     def on_input(number: int, x):
-        return x if block.ops[number].name in taken else hooks["on_input"](number, x)
+        return x if number < len(block.ops) and block.ops[number].name in taken else hooks["on_input"](number, x)
 
     def on_value(site: int, x):
         return x if x.dtype == jnp.int8 else hooks["on_value"](site, x)

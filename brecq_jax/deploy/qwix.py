@@ -25,7 +25,8 @@ def rules(graph: Graph, plan: Plan) -> list[qwix.QuantizationRule]:
 
         rules = qwix.rules(brecq_jax.trace(model.apply, variables, images), plan)
 
-    Activations that qwix quantizes have the bits of ours and ranges of qwix's own, found at each call.
+    Activations that qwix quantizes have the bits of ours and ranges of qwix's own, found at each call. What products of two values read
+    stays float: its rules here are for modules that hold weights.
 
     Raises:
       ValueError: a weight whose format qwix has no name for, or a convolution with different bits of weights and activations.

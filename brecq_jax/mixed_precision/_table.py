@@ -137,4 +137,10 @@ def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str
         terms["bops"].append(Term(pair, macs(graph, op) * np.outer(*bits).astype(float)))
         if latency is not None:
             terms["latency_us"].append(Term(pair, np.array([[latency_of(latency, op.name, w, a) for a in bits[1]] for w in bits[0]])))
+    for product in graph.products:
+        pair = [READS + factor.site for factor in (product.factors[0], product.factors[-1])]
+        bits = [[f.bits if f else FLOAT_BITS for f in formats[n]] for n in pair]
+        values = macs(graph, product) * np.outer(*bits).astype(float)
+        same = pair[0] == pair[1]
+        terms["bops"].append(Term((at[pair[0]],), np.diag(values)) if same else Term((at[pair[0]], at[pair[1]]), values))
     return {name: tuple(own) for name, own in terms.items()}, {"size_bits": 32.0 * others, "bops": 0.0, "latency_us": 0.0}

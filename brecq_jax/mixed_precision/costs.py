@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from brecq_jax._graph import Graph, Op
+from brecq_jax._products import Product
 
 FLOAT_BITS = 32
 Latency = Mapping[tuple[str, int, int], float]  # (op, weight bits, activation bits) -> µs of one example; 32 bits are float
@@ -17,7 +18,8 @@ Latency = Mapping[tuple[str, int, int], float]  # (op, weight bits, activation b
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """Upper bounds, each None or a number. `size_bits`: all parameters, grids and float leaves included. `bops`: Σ multiplications of one
-    example × weight bits × activation bits. `latency_us`: Σ of the latency table, one example."""
+    example × weight bits × activation bits, or, of a product of two values, the bits of both. `latency_us`: Σ of the latency table, one
+    example; products of two values are not in it."""
 
     size_bits: float | None = None
     bops: float | None = None
@@ -87,7 +89,7 @@ def write_latency(latency: Latency, path: str | pathlib.Path):
         writer.writerows((*key, us) for key, us in latency.items())
 
 
-def macs(graph: Graph, op: Op) -> int:
+def macs(graph: Graph, op: Op | Product) -> int:
     """Multiplications of one example."""
     return op.macs // batch_size(graph)
 

@@ -203,6 +203,7 @@ class _Search:
             site = ("reads", block.sites.index(op.site)) if op.site in block.sites else None
             if site in self.grids and site not in tensors:
                 tensors.append(site)
+        tensors.extend(site for site in self.grids if site not in tensors)  # what products of two values read
         if formats:
             fitted = {site: f for site, f in formats if ("reads", site) in self.grids}
             samples = observe(problem, problem.leaves, BATCH, [block.sites[site] for site in fitted])
