@@ -13,7 +13,7 @@ from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
-from brecq_jax._memory import CHUNK, OnDisk, empty
+from brecq_jax._memory import CHUNK, GB, PASS, STREAM, OnDisk, at_once, empty, values_bytes
 from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
 from brecq_jax.formats import Grid, PerToken
@@ -75,10 +75,14 @@ class Sample(NamedTuple):
     importance: np.ndarray  # of a value's error; each example's errors count in parts of its own energy
 
 
-def observe(problem: Problem, leaves: Sequence[jax.Array], batch_size: int, names: Sequence[str]) -> dict[str, Sample]:
-    """What activations are over the calibration set, by name."""
+def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str]) -> dict[str, Sample]:
+    """What activations are over the calibration set, by name. As many examples pass at once as the budget of memory has room for."""
     count = min(problem.count, OBSERVED_EXAMPLES)
-    batch_size = min(batch_size, count)
+    batch_size = min(STREAM, count)
+    if problem.memory_budget_gb is not None:
+        values = values_bytes(problem.graph(batch_size), problem.units(batch_size), batch_size)
+        left = problem.memory_budget_gb * GB - sum(a.nbytes for a in jax.tree.leaves(problem.inputs))
+        batch_size = at_once(batch_size, PASS * max(values), left)
     graph = problem.graph(batch_size)
     block = whole(graph)
     ids = graph.flat.inputs[graph.num_leaves :]

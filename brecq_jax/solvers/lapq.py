@@ -20,7 +20,6 @@ from brecq_jax._qarray import QArray, from_rows, to_rows
 from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
-from brecq_jax.solvers.nearest import BATCH
 
 NORMS = np.linspace(2, 4, 10)  # exponents that are tried: LAPQ's released code
 RANGE = LpRange(steps=99)  # down to a hundredth of the widest: one scale for a whole tensor clips far
@@ -206,7 +205,7 @@ class _Search:
         tensors.extend(site for site in self.grids if site not in tensors)  # what products of two values read
         if formats:
             fitted = {site: f for site, f in formats if ("reads", site) in self.grids}
-            samples = observe(problem, problem.leaves, BATCH, [block.sites[site] for site in fitted])
+            samples = observe(problem, problem.leaves, [block.sites[site] for site in fitted])
             for site, format in fitted.items():
                 values, importance = (jnp.asarray(a)[None] for a in samples[block.sites[site]])
                 self.rows["reads", site] = format, values, importance

@@ -1,19 +1,15 @@
 """Round every weight to the nearest point of a grid fitted to it: the start of everything else."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax._calibrate import Sample, observe
-from brecq_jax._memory import GB, PASS, at_once, values_bytes
+from brecq_jax._memory import STREAM
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import quantize_array
 from brecq_jax.formats import Format, Grid, PerToken
 from brecq_jax.solvers._solver import Info, Solver
-
-BATCH = 32
 
 
 def nearest() -> Solver:
@@ -30,7 +26,7 @@ def nearest() -> Solver:
 
 def round_weights(problem: Problem, guess: Quantized) -> Quantized:
     """Every planned weight at the nearest point."""
-    graph, leaves = problem.graph(min(BATCH, problem.count)), problem.leaves
+    graph, leaves = problem.graph(min(STREAM, problem.count)), problem.leaves
     rounded = {}
     for name, format in problem.plan.weights.items():
         weight = graph.weights[name]
@@ -46,10 +42,7 @@ def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] 
     if not formats:
         return guess
     leaves = jax.tree.leaves(guess.dequantized()) if leaves is None else leaves
-    batch = min(BATCH, problem.count)
-    graph, blocks = problem.graph(batch), problem.units(batch)
-    left = (math.inf if problem.memory_budget_gb is None else problem.memory_budget_gb * GB) - sum(a.nbytes for a in jax.tree.leaves(problem.inputs))
-    samples = observe(problem, leaves, at_once(batch, PASS * max(values_bytes(graph, blocks, batch)), left), tuple(formats))
+    samples = observe(problem, leaves, tuple(formats))
     for name, sample in samples.items():
         if not np.isfinite(sample.values).all():
             raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")
