@@ -9,7 +9,6 @@ import brecq_jax
 from brecq_jax import deploy, mixed_precision, models, solvers
 from brecq_jax.formats import PerToken, Sparq, Uniform, fake_quantize
 
-DRAW = np.random.default_rng(0)
 TOKENS, FEATURES, HEADS = 6, 16, 2
 FACTORS = ("attn/product/left", "attn/product/right", "attn/product#2/left", "attn/product#2/right")
 PRODUCTS = {".*product.*": Uniform(8), ".*": None}
@@ -17,13 +16,14 @@ PRODUCTS = {".*product.*": Uniform(8), ".*": None}
 
 @pytest.fixture(scope="module")
 def tokens():
-    return DRAW.normal(size=(24, TOKENS, FEATURES)).astype(np.float32)
+    return np.random.default_rng(0).normal(size=(24, TOKENS, FEATURES)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
-def params():
-    names = ("query", "key", "value", "out")
-    return {"attn": {n: {"kernel": DRAW.normal(0, 0.4, (FEATURES, FEATURES)).astype(np.float32)} for n in names}}
+def params(tokens):
+    names, draw = ("query", "key", "value", "out"), np.random.default_rng(0)
+    draw.normal(size=tokens.shape)  # numbers that are not the tokens'
+    return {"attn": {n: {"kernel": draw.normal(0, 0.4, (FEATURES, FEATURES)).astype(np.float32)} for n in names}}
 
 
 def attention(params, x, rounded=lambda name, value, axis: value):
@@ -158,10 +158,11 @@ def test_bits_of_products_are_searched_and_cost_both_sides(params, tokens):
 
 def test_no_range_of_a_token_looks_ahead():
     model = models.Decoder(vocabulary=40, positions=TOKENS, features=16, depth=2, heads=2, mlp_features=32)
-    ids = DRAW.integers(0, 40, (16, TOKENS), np.int32)
+    draw = np.random.default_rng(0)
+    ids = draw.integers(0, 40, (16, TOKENS), np.int32)
     variables = model.init(jax.random.key(0), ids)
     quantized = quantize(variables, ids, model.apply, activations=PerToken(4))
     assert [p.name for p in brecq_jax.trace(model.apply, variables, ids).products] == [f"layers[{i}]/product{n}" for i in (0, 1) for n in ("", "#2")]
     other = ids.copy()
-    other[:, 3:] = DRAW.integers(0, 40, (16, TOKENS - 3))
+    other[:, 3:] = draw.integers(0, 40, (16, TOKENS - 3))
     np.testing.assert_allclose(quantized(other)[:, :3], quantized(ids)[:, :3], atol=1e-5)

@@ -18,6 +18,13 @@ from brecq_jax.deploy.integer import PackedArray
 from brecq_jax.formats import MinMax, Uniform
 
 DRAW = np.random.default_rng(0)
+BEGINNING = DRAW.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def numbers_that_do_not_depend_on_other_tests():
+    """Of 400 draws for one op eight hold a value half-way between two codes, which floats and integers may round apart."""
+    DRAW.bit_generator.state = BEGINNING
 
 
 def quantize(params, apply_fn, x, **plan):
