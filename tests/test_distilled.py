@@ -62,9 +62,10 @@ def distance(model, ids):
 
 @pytest.mark.parametrize("weights", [Ternary("per_tensor"), Binary(granularity="per_tensor"), Binary(2, "per_tensor"), Uniform(2)], ids=str)
 def test_a_student_is_nearer_to_the_float_model_than_rounding_and_is_what_its_codes_say(weights):
-    rounded, ids = quantized(solvers.nearest(), weights)
-    learned, _ = quantized(solvers.distilled(features, QUICK), weights)
-    assert distance(learned, ids) < 0.8 * distance(rounded, ids)
+    activations = {".*product.*": None, ".*": Uniform(8)}  # so few steps make up for less where attention's products are rounded, too
+    rounded, ids = quantized(solvers.nearest(), weights, activations)
+    learned, _ = quantized(solvers.distilled(features, QUICK), weights, activations)
+    assert distance(learned, ids) < 0.7 * distance(rounded, ids)
     assert learned.params["params"]["out"]["kernel"].format.bits == getattr(weights, "bits")
     records = learned.report.blocks
     assert [r.name for r in records] == ["inner", "prediction"] and all(r.error_after <= r.error_before for r in records)

@@ -50,6 +50,7 @@ def test_attention_and_mlp_halves_are_the_blocks(encoder):
     assert not notes
     whole, _ = partition(graph, [r"blocks_(\d)/.*"])
     assert [len(b.ops) for b in whole] == [1, 6, 6]
+    assert len(graph.products) == 4
 
 
 @pytest.mark.parametrize("activations", [None, Uniform(8), PerToken(8), PerToken(8, group_size=16)], ids=str)
