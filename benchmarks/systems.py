@@ -26,7 +26,7 @@ import numpy as np
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
 from brecq_jax.__main__ import load_config
-from brecq_jax._qarray import from_rows, to_rows
+from brecq_jax._qarray import from_rows, is_qarray, to_rows
 from brecq_jax.formats import Affine, LpRange, Multipoint, Sparq, Uniform
 
 MIXED = [Uniform(bits) for bits in range(2, 9)]
@@ -111,10 +111,6 @@ def multipoint(known, experiment):
 
 def multipoint_leaves(tree):
     return [q for q in jax.tree.leaves(tree, is_leaf=is_qarray) if is_qarray(q) and isinstance(q.format, Multipoint)]
-
-
-def is_qarray(leaf) -> bool:
-    return isinstance(leaf, brecq_jax.QArray)
 
 
 def mean_points(quantized) -> float:

@@ -56,7 +56,8 @@ class _Cutter:
         self.graph, self.notes = graph, []
         steps = graph.flat.steps
         self.outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
-        read_last = {i: t for t in sorted(needed_steps(graph, self.outputs)) for i in steps[t].inputs}
+        self.needed = needed_steps(graph, self.outputs)
+        read_last = {i: t for t in sorted(self.needed) for i in steps[t].inputs}
         last_use = read_last | {i: len(steps) for i in self.outputs}
         reach = {i for t in needed_steps(graph, ()) for i in steps[t].inputs}  # the others, auxiliary outputs, do not count as live
         change = [0] * (len(steps) + 1)
@@ -200,7 +201,7 @@ class _Cutter:
             name = self.block_name(group)
             names[name] = names.get(name, 0) + 1
             unique = name if names[name] == 1 else f"{name}#{names[name]}"
-            blocks.append(make_block(graph, unique, start, stop, self.outputs))
+            blocks.append(make_block(graph, unique, start, stop, self.outputs, self.needed))
             start = stop
         return tuple(blocks)
 

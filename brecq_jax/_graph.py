@@ -14,7 +14,7 @@ import numpy as np
 
 from brecq_jax import _jaxpr
 from brecq_jax._jaxpr import Flat, Step
-from brecq_jax._products import Product, dense_macs, find_products, site_value
+from brecq_jax._products import Factor, Product, dense_macs, find_products, site_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Graph:
         if larger and [s.primitive for s in larger.steps] == [s.primitive for s in self.flat.steps]:
             return frozenset(i for i in found if larger.types[i].shape == (2 * size[0], *self.flat.types[i].shape[1:]))
         return found
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """What the products multiply, in program order."""
+        return tuple(factor for product in self.products for factor in product.factors)
 
     @property
     def num_leaves(self) -> int:

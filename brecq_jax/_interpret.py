@@ -6,7 +6,7 @@ that one compiled function serves both. A `Block` says where a Program stands in
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -140,12 +140,12 @@ def needed_steps(graph: Graph, outputs: Sequence[int]) -> set[int]:
     return found
 
 
-def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence[int]) -> Block:
+def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence[int], needed: Collection[int]) -> Block:
     """The part of a graph made of its data-dependent steps in [start, stop), and what they need of the parameters.
 
-    `outputs`: ids that the graph's last block makes, and others for it.
+    `outputs`: ids that the graph's last block makes, and others for it. `needed`: `needed_steps(graph, outputs)`.
     """
-    flat, needed = graph.flat, needed_steps(graph, outputs)
+    flat = graph.flat
     chosen = {t for t in range(start, stop) if t in needed and graph.data.intersection(flat.steps[t].outputs)}
     maker = {out: t for t, step in enumerate(flat.steps) for out in step.outputs}
     todo = [i for t in chosen for i in flat.steps[t].inputs]
@@ -176,7 +176,7 @@ def make_block(graph: Graph, name: str, start: int, stop: int, outputs: Sequence
         for ident in set(outs) - made - set(params) - set(constants) - seen:
             (ins if ident in graph.data else params if ident in graph.origins else constants)[ident] = None
     ops = tuple(op for op in graph.ops if op.step in chosen and start <= op.step < stop)
-    factors = tuple(f for product in graph.products for f in product.factors if start <= f.step < stop)
+    factors = tuple(f for f in graph.factors if start <= f.step < stop)
     steps = sorted(chosen)
     return _block(graph, name, ops, factors, steps, sorted(ins), sorted(params), sorted(constants), outs)
 
@@ -231,7 +231,8 @@ def token_axes(read: Op | LocalOp | Factor | LocalFactor, step: Step) -> tuple[i
 
 def whole(graph: Graph) -> Block:
     """The graph as one block."""
-    return make_block(graph, "net", 0, len(graph.flat.steps), graph.flat.outputs)
+    outputs = graph.flat.outputs
+    return make_block(graph, "net", 0, len(graph.flat.steps), outputs, needed_steps(graph, outputs))
 
 
 def param_values(graph: Graph, block: Block, leaves: Sequence[jax.Array]) -> list[jax.Array]:

@@ -29,8 +29,8 @@ class Plan:
     """What is quantized, and how: total over the graph's weights and over the values that its ops read.
 
     `weights`: name -> format, None stays float. `activations`: value -> format; a value is named by the first op that
-    reads it, or else by the first product of two values and the side it has there. `whole_values`: the quantized value replaces the original for everything that reads it (so that a residual
-    sum adds quantized values); otherwise ops and products alone see it.
+    reads it, or else by the first product of two values and the side it has there. `whole_values`: the quantized value replaces
+    the original for everything that reads it (so that a residual sum adds quantized values); otherwise ops and products alone see it.
     """
 
     weights: Mapping[str, Format | None]
@@ -110,7 +110,7 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     rows, sizes = [], {}
     for op in graph.ops:
         rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
-    rows.extend(_factor_row(f, chosen_a[f.site]) for f in _factors(graph) if chosen_a[f.site] is not None)
+    rows.extend(_factor_row(f, chosen_a[f.site]) for f in graph.factors if chosen_a[f.site] is not None)
     others = sum(math.prod(s) for n, s in graph.leaves) - sum(math.prod(w.shape) for w in graph.weights.values())
     size = sum(sizes.values()) + 32 * others
     total = 32 * sum(math.prod(s) for _, s in graph.leaves)
@@ -133,13 +133,9 @@ class _Null:
         pass
 
 
-def _factors(graph: Graph) -> list[Factor]:
-    return [factor for product in graph.products for factor in product.factors]
-
-
 def _reads(graph: Graph) -> list[Op | Factor]:
     """What reads a value that may be quantized."""
-    return [op for op in graph.ops if op.kind != "embed"] + _factors(graph)
+    return [*(op for op in graph.ops if op.kind != "embed"), *graph.factors]
 
 
 def _float_products(graph: Graph, chosen: Mapping[str, Activation | None]) -> tuple[tuple[str, str], ...]:

@@ -49,7 +49,7 @@ class Reading:
                 self.readers.setdefault(ident, []).append(step)
         for ident in graph.flat.outputs:
             self.readers.setdefault(ident, []).append(None)
-        self.sites = {read.site_value for read in (*graph.ops, *(f for product in graph.products for f in product.factors))}
+        self.sites = {read.site_value for read in (*graph.ops, *graph.factors)}
 
     def step(self, op: Op) -> Step:
         return self.graph.flat.steps[op.step]
