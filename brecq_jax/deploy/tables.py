@@ -2,19 +2,22 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
 from jaxtyping import Array, Float, Float32, Integer, UInt8
 
 from brecq_jax._qarray import QArray, to_rows
 from brecq_jax.formats import ClusterCodebook, RowCodebook, RowUniform
 
 RowFormat = RowUniform | RowCodebook | ClusterCodebook
-ELEMENTS_AT_ONCE = 2**20  # of a table that is packed, or summed on the host: so many floats stay in a core's outer cache
+ELEMENTS_AT_ONCE = 2**20  # of a table that is packed: so many floats stay in a core's outer cache
+SUMS_AT_ONCE = 2**18  # elements of the bags that grow side by side, for the same reason
+ROWS_AT_ONCE = 32  # of each of these bags; a longer one is summed in several turns
+ALIGNMENT = 64  # bytes: XLA:CPU reads what begins at a multiple in place, and copies all else first
 SAMPLED_ROWS = 65_536  # evenly spread over the table: what shared codebooks are fitted to
 
 
@@ -71,14 +74,18 @@ def pack_table(table: Any, format: RowFormat, rows_at_once: int | None = None) -
     points = None
     if isinstance(format, ClusterCodebook):
         spread = np.linspace(0, count - 1, min(count, SAMPLED_ROWS)).astype(np.int64)
-        points = format.fit(_finite(table, spread, "its sample")).points
+        sample = np.asarray(table[spread], np.float32)
+        _check_finite(sample, "its sample")
+        points = format.fit(sample).points
     packed, size = None, min(rows_at_once or -(-ELEMENTS_AT_ONCE // width), count)
+    rows = _aligned((size, width), np.float32)
     for start in range(0, count, size):
-        rows = _finite(table, slice(start, start + size), f"rows {start} to {min(start + size, count) - 1}")
-        padded = rows if len(rows) == size else np.pad(rows, ((0, size - len(rows)), (0, 0)))
-        part = np.asarray(_quantized(format, padded, points))[: len(rows)]
+        end = min(start + size, count)
+        rows[: end - start], rows[end - start :] = table[start:end], 0
+        _check_finite(rows, f"rows {start} to {end - 1}")
+        part = np.asarray(_quantized(format, rows, points))  # is done with `rows` when it is there
         packed = np.empty((count, part.shape[1]), np.uint8) if packed is None else packed
-        packed[start : start + size] = part
+        packed[start:end] = part[: end - start]
     return PackedTable(packed, None if points is None else np.asarray(points), format, width)
 
 
@@ -128,26 +135,34 @@ def embedding_bag(
     if not isinstance(offsets, jax.core.Tracer) and np.asarray(offsets)[:1].tolist() != [0]:
         raise ValueError(f"embedding_bag: offsets begin with {np.asarray(offsets)[:1]}; write 0 for the first bag.")
     if isinstance(table.rows, np.ndarray) and not any(isinstance(a, jax.core.Tracer) for a in (ids, offsets, weights)):
-        return jnp.asarray(_bags_on_host(table, np.asarray(ids), np.asarray(offsets), weights))
+        return jax.device_put(_bags_on_host(table, np.asarray(ids), np.asarray(offsets), weights))
     return _bags(table.format, table.width, *_picked(table, ids), offsets, weights)
+
+
+def _check_ids(table: PackedTable, ids) -> None:
+    low, high = int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
+    if low < 0 or high >= len(table.rows):
+        raise ValueError(f"ids are {low} to {high}, and the table has rows 0 to {len(table.rows) - 1}.")
 
 
 def _picked(table: PackedTable, ids):
     known = not isinstance(ids, jax.core.Tracer)
-    if known and np.size(ids):
-        low, high = int(np.min(ids)), int(np.max(ids))
-        if low < 0 or high >= len(table.rows):
-            raise ValueError(f"ids are {low} to {high}, and the table has rows 0 to {len(table.rows) - 1}.")
+    if known:
+        _check_ids(table, ids)
     if isinstance(table.rows, np.ndarray) and known:
-        return np.take(table.rows, np.asarray(ids), axis=0), table.points
+        rows = _aligned((*np.shape(ids), table.rows.shape[1]), np.uint8)
+        return np.take(table.rows, np.asarray(ids), axis=0, out=rows, mode="clip"), table.points
     return jnp.take(table.rows, ids, axis=0, mode="clip"), table.points
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decoded(format: RowFormat, width: int, rows: UInt8[Array, "*batch bytes"], points):
     batch, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
-    values = jnp.stack(_planes(format, width, rows, points), -1)
-    return values.reshape(len(rows), -1)[:, :width].reshape(*batch, width)
+    return _in_turns(_planes(format, width, rows, points), width).reshape(*batch, width)
+
+
+def _in_turns(planes: list[Float32[Array, "rows codebytes"]], width: int) -> Float32[Array, "rows width"]:
+    return jnp.stack(planes, -1).reshape(len(planes[0]), -1)[:, :width]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -166,22 +181,40 @@ def _planes(format: RowFormat, width: int, rows: UInt8[Array, "rows bytes"], poi
 
 
 def _bags_on_host(table: PackedTable, ids, offsets, weights) -> Float32[np.ndarray, "bags width"]:
-    """Sums as the product of a sparse matrix (bags × rows) with some decoded rows after the other."""
-    sums = np.zeros((len(offsets), table.width), np.float32)
-    weights = np.ones(len(ids), np.float32) if weights is None else np.asarray(weights, np.float32)
-    bounds, size = np.append(offsets, len(ids)), -(-ELEMENTS_AT_ONCE // table.width)
-    for start in range(0, len(ids), size):
-        end = min(start + size, len(ids))
-        rows, _ = _picked(table, ids[start:end])
-        padded = rows if end - start == size else np.pad(rows, ((0, size - len(rows)), (0, 0)))
-        first, last = np.searchsorted(bounds, start, "right") - 1, np.searchsorted(bounds, end, "left")
-        ends = np.clip(bounds[first : last + 1], start, end) - start
-        adding = scipy.sparse.csr_array((weights[start:end], np.arange(end - start), ends), (last - first, size))
-        planes = _planes(table.format, table.width, padded, table.points)
-        for n, plane in enumerate(planes):
-            columns = sums[first:last, n :: len(planes)]
-            columns += (adding @ np.asarray(plane))[:, : columns.shape[1]]
+    """Sums of bags of about one length side by side, the longest first: what no bag has is row 0 with weight 0."""
+    _check_ids(table, ids)
+    weights = np.ones(len(ids)) if weights is None else np.asarray(weights)
+    bounds, ids, weights = np.append(offsets, len(ids)), np.append(ids, 0), np.append(weights, 0).astype(np.float32)
+    lengths, sums = np.diff(bounds), _aligned((len(offsets), table.width), np.float32)
+    sums[:] = 0
+    size = 1 << min((len(offsets) - 1).bit_length(), max(1, SUMS_AT_ONCE // table.width).bit_length() - 1)
+    rows, factors = _aligned((ROWS_AT_ONCE, size, table.rows.shape[1]), np.uint8), _aligned((ROWS_AT_ONCE, size), np.float32)
+    nth = np.arange(ROWS_AT_ONCE)[:, None]
+    for first in range(0, lengths.max(), ROWS_AT_ONCE):
+        left = np.clip(lengths - first, 0, ROWS_AT_ONCE)
+        order = np.argsort(-left, kind="stable")[: np.count_nonzero(left)]
+        for bags in (order[n : n + size] for n in range(0, len(order), size)):
+            longest, which = left[bags[0]], np.full(factors.shape, len(ids) - 1)
+            which[:, : len(bags)] = np.where(nth < left[bags], bounds[bags] + first + nth, len(ids) - 1)
+            np.take(table.rows, ids[which[:longest]], axis=0, out=rows[:longest], mode="clip")
+            factors[:longest] = weights[which[:longest]]
+            sums[bags] += np.asarray(_sums(table.format, table.width, longest, rows, factors, table.points))[: len(bags)]
     return sums
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sums(
+    format: RowFormat, width: int, count: Integer[Array, ""], rows: UInt8[Array, "n bags bytes"], weights: Float32[Array, "n bags"], points
+) -> Float32[Array, "bags width"]:
+    """Σ weight · row of the first `count`, one row of each bag after the other."""
+
+    def add(n, sums):
+        planes = _planes(format, width, jax.lax.dynamic_index_in_dim(rows, n, keepdims=False), points)
+        weight = jax.lax.dynamic_index_in_dim(weights, n, keepdims=False)[:, None]
+        return [sum + weight * plane for sum, plane in zip(sums, planes, strict=True)]
+
+    zeros = jnp.zeros((rows.shape[1], _code_bytes(width, format.bits)), jnp.float32)
+    return _in_turns(jax.lax.fori_loop(0, count, add, [zeros] * (8 // format.bits)), width)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -225,8 +258,14 @@ def _code_bytes(width: int, bits: int) -> int:
     return -(-width * bits // 8)
 
 
-def _finite(table, which, where: str) -> np.ndarray:
-    rows = np.asarray(table[which], np.float32)
+def _check_finite(rows: Float32[np.ndarray, "rows elements"], where: str) -> None:
     if not np.isfinite(rows).all():
         raise ValueError(f"pack_table: {where} have values that are not finite. Check the table.")
-    return rows
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An empty array that XLA:CPU reads where it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)

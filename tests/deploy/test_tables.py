@@ -68,6 +68,18 @@ def test_lookups_agree_on_host_and_device_and_under_jit(format):
     np.testing.assert_allclose(bags, jnp.stack([jnp.zeros(21), host[0, 0] + host[0, 1] + host[1, 0], host[1, 1]]), rtol=1e-5, atol=1e-6)
 
 
+def test_bags_of_any_length_are_sums_of_their_rows(monkeypatch):
+    monkeypatch.setattr(deploy.tables, "SUMS_AT_ONCE", 21 * 8)  # eight of the eleven bags at a time
+    lengths = np.array([0, 1, 31, 32, 33, 0, 64, 65, 100, 2, 0])
+    offsets, rng = np.append(0, lengths.cumsum()[:-1]), np.random.default_rng(0)
+    ids, weights = rng.integers(0, 50, lengths.sum()), rng.standard_normal(lengths.sum())
+    for format in FORMATS:
+        mine = deploy.pack_table(table(), format)
+        rows = np.asarray(deploy.lookup(mine, ids)) * weights[:, None]
+        expected = [rows[start : start + length].sum(0) for start, length in zip(offsets, lengths, strict=True)]
+        np.testing.assert_allclose(deploy.embedding_bag(mine, ids, offsets, weights), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("look", ["embed", "take", "index"])
 def test_a_rule_reaches_any_gather_and_learned_rounding_leaves_it(look, tmp_path):
     class Model(nn.Module):
