@@ -6,6 +6,7 @@ value derived from the inputs. Nothing is registered and no class is known; name
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ class Weight:
     index: tuple[int, ...]  # leading indices of the slice; () for the whole leaf
     shape: tuple[int, ...]
     channel_axes: tuple[int, ...]  # axes of `shape` that count output channels (rows, for a lookup)
+    dtype: np.dtype  # of the parameter
+
+    @property
+    def float_bits(self) -> int:
+        """Bits of it as it came."""
+        return 8 * math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +96,17 @@ class Graph:
     @property
     def num_leaves(self) -> int:
         return len(self.leaves)
+
+    @property
+    def float_bits(self) -> tuple[int, ...]:
+        """Bits of each flattened parameter as it came."""
+        types = (self.flat.types[i] for i in self.flat.inputs[: self.num_leaves])
+        return tuple(8 * math.prod(t.shape) * t.dtype.itemsize for t in types)
+
+    @property
+    def other_bits(self) -> int:
+        """Bits of what no op reads as its weight: biases, statistics."""
+        return sum(self.float_bits) - sum(w.float_bits for w in self.weights.values())
 
     def leaf_name(self, leaf: int, index: tuple[int, ...] = ()) -> str:
         return slice_name(self.leaves[leaf][0], index)
@@ -211,7 +229,7 @@ class _Reader:
         computed = tuple(s.primitive for s in chain if s.primitive not in _jaxpr.STRUCTURAL)
         if name not in self.weights:
             axes = self.channel_axes(step, weight_position, root, weight, chain, computed)
-            self.weights[name] = Weight(name, leaf, index, shape, axes)
+            self.weights[name] = Weight(name, leaf, index, shape, axes, self.flat.types[root].dtype)
         uses = sum(op.weight == name for op in self.ops)
         kind = {"dot_general": "dense", "gather": "embed"}.get(step.primitive, "conv")
         self.ops.append(

@@ -111,10 +111,8 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     for op in graph.ops:
         rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
     rows.extend(_factor_row(f, chosen_a[f.site]) for f in graph.factors if chosen_a[f.site] is not None)
-    others = sum(math.prod(s) for n, s in graph.leaves) - sum(math.prod(w.shape) for w in graph.weights.values())
-    size = sum(sizes.values()) + 32 * others
-    total = 32 * sum(math.prod(s) for _, s in graph.leaves)
-    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), total, size, graph.skipped + _float_products(graph, chosen_a))
+    size = sum(sizes.values()) + graph.other_bits
+    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), sum(graph.float_bits), size, graph.skipped + _float_products(graph, chosen_a))
 
 
 def render(renderable: Any, width: int = 120) -> str:
@@ -308,10 +306,10 @@ def describe(format: Format | Sparq | PerToken | None) -> str:
 
 
 def size_bits(weight: Weight, format: Format | None) -> int:
-    """True bits of a weight in a format, grid included; None is float32."""
-    size = math.prod(weight.shape)
+    """True bits of a weight in a format, grid included; None leaves it as it came."""
     if format is None:
-        return 32 * size
+        return weight.float_bits
+    size = math.prod(weight.shape)
     channels = math.prod(weight.shape[a] for a in weight.channel_axes)
     rows = jax.ShapeDtypeStruct((channels, size // max(channels, 1)), jnp.float32)
     grid = jax.eval_shape(format.fit, rows)

@@ -165,13 +165,13 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
 def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, seconds: float) -> Report:
     tensors = []
     leaves = jax.tree.leaves(quantized.params, is_leaf=is_qarray)
-    for name, leaf in zip((n for n, _ in graph.leaves), leaves, strict=True):
+    for (name, _), leaf, float_bits in zip(graph.leaves, leaves, graph.float_bits, strict=True):
         is_codes = isinstance(leaf, QArray)
         size = leaf.storage_bits if is_codes else leaf.size * leaf.dtype.itemsize * 8
         tensors.append(
             TensorRecord(
                 name=name, shape=tuple(leaf.shape), format=describe(leaf.format) if is_codes else "float",
-                bits=size / max(leaf.size, 1), size_bits=int(size), float_bits=int(leaf.size * 32),
+                bits=size / max(leaf.size, 1), size_bits=int(size), float_bits=float_bits,
             )  # fmt: skip
         )
     activations = []

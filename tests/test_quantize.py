@@ -323,6 +323,16 @@ def test_a_fast_depthwise_convolution_gives_the_dtype_that_was_asked_for():
     np.testing.assert_allclose(quantized(images), want, atol=0.2)
 
 
+def test_sizes_are_counted_in_the_numbers_that_came():
+    params = {"a": jnp.ones((16, 8), jnp.bfloat16), "b": jnp.ones((8, 3), jnp.bfloat16), "bias": jnp.ones(3, jnp.float32)}
+    rules = {"a": Uniform(8), "b": None}
+    args = params, lambda p, x: (x @ p["a"]) @ p["b"] + p["bias"], jnp.ones((16, 16), jnp.bfloat16)
+    report = brecq_jax.quantize(*args, weights=rules, preset=None, solver=solvers.nearest(), progress=False).report
+    plan = brecq_jax.make_plan(brecq_jax.trace(args[1], params, args[2]), weights=rules, preset=None)
+    assert plan.float_bits == report.float_bits == 16 * (16 * 8 + 8 * 3) + 32 * 3
+    assert plan.size_bits == report.size_bits == 8 * (16 * 8) + 8 * (32 + 8) + 16 * (8 * 3) + 32 * 3
+
+
 def test_settings_have_one_home():
     homes = solvers.Reconstruction, solvers.RectifiedSigmoid, solvers.StraightThrough, solvers.SecondOrder
     names = [{f.name for f in dataclasses.fields(home)} for home in homes]

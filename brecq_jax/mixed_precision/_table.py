@@ -1,7 +1,6 @@
 """The search's problem as numbers: decisions, their options, losses and costs. Both solvers read it."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -123,7 +122,6 @@ def _names(rules: Rules, name: str) -> bool:
 
 
 def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str, tuple[Term, ...]], dict[str, float]]:
-    others = sum(math.prod(s) for _, s in graph.leaves) - sum(math.prod(w.shape) for w in graph.weights.values())
     terms: dict[str, list[Term]] = {"size_bits": [], "bops": [], "latency_us": []}
     for name, weight in graph.weights.items():
         own = decision(graph, name)
@@ -143,4 +141,4 @@ def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str
         values = macs(graph, product) * np.outer(*bits).astype(float)
         same = pair[0] == pair[1]
         terms["bops"].append(Term((at[pair[0]],), np.diag(values)) if same else Term((at[pair[0]], at[pair[1]]), values))
-    return {name: tuple(own) for name, own in terms.items()}, {"size_bits": 32.0 * others, "bops": 0.0, "latency_us": 0.0}
+    return {name: tuple(own) for name, own in terms.items()}, {"size_bits": float(graph.other_bits), "bops": 0.0, "latency_us": 0.0}

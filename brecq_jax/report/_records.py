@@ -73,12 +73,12 @@ class Report:
 
     @property
     def float_bits(self) -> int:
-        """Bits of all parameters in float32."""
+        """Bits of all parameters as they came."""
         return sum(t.float_bits for t in self.tensors)
 
     @property
     def compression(self) -> float:
-        """How many times smaller than in float32; 1 for a report of no parameters."""
+        """How many times smaller than they came; 1 for a report of no parameters."""
         return self.float_bits / self.size_bits if self.size_bits else 1.0
 
     def __str__(self) -> str:
