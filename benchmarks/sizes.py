@@ -1,6 +1,6 @@
 r"""Bytes on disk of quantized networks against what their codes and grids need, as a Markdown table.
 
-    python benchmarks/sizes.py [--resnet20=/work/shared/data/resnet_cifar10/resnet20-12fca82f.th]
+    python benchmarks/sizes.py [--resnet20=resnet20-12fca82f.th]
 
 EfficientNet-Lite0 with ImageNet weights, ResNet-20 (random without `--resnet20`), and a BERT encoder of MiniLM's sizes,
 whose weights are random normal. Weights are rounded to the nearest point, activations are 8 bits; neither changes a size.

@@ -4,7 +4,7 @@
     logits = quantized(images)
 """
 
-from brecq_jax import formats, mixed_precision, models, report, solvers
+from brecq_jax import formats, mixed_precision, models, passes, report, solvers
 from brecq_jax._experiment import Experiment
 from brecq_jax._graph import Graph, trace
 from brecq_jax._model import Quantized
@@ -17,6 +17,6 @@ from brecq_jax.mixed_precision import search
 
 __all__ = [
     "Experiment", "Graph", "Plan", "QArray", "Quantized",
-    "export", "formats", "from_nnx", "make_plan", "mixed_precision", "models", "quantize", "report", "restore", "save", "search", "solvers",
+    "export", "formats", "from_nnx", "make_plan", "mixed_precision", "models", "passes", "quantize", "report", "restore", "save", "search", "solvers",
     "trace",
 ]  # fmt: skip

@@ -333,7 +333,7 @@ class _Reader:
         used = {w.leaf for w in self.weights.values()}
         for leaf, (name, shape) in enumerate(self.leaves):
             if len(shape) >= 2 and leaf not in used and name not in self.skipped:
-                self.skipped[name] = "no matrix product, convolution or lookup reads it"
+                self.skipped[name] = "no matrix product, convolution or lookup joins it with the inputs"
         for what in self.captured:
             self.skipped[what] = "it is captured by the function, not one of its parameters"
         return tuple((n, why) for n, why in self.skipped.items() if n not in self.weights)

@@ -11,7 +11,7 @@ after its last finished block. A trial that fails leaves its words in log.txt, a
 that seconds with `--jobs` above 1 are those of fewer cores.
 
 Compiled programs are kept in WORKDIR/compiled (or where JAX_COMPILATION_CACHE_DIR says), so that trials that differ in their seed alone compile theirs
-once: the first of each such group is run before the rest, and the seconds of the others have no compilation in them.
+once: the first of each such group starts before the rest, and the seconds of those that start after its end have hardly any compilation in them.
 """
 
 import argparse

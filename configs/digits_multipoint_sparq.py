@@ -2,7 +2,7 @@ r"""Digits, weights of 3 bits with more points where a channel's output suffers,
 
     python -m brecq_jax --config=configs/digits_multipoint_sparq.py --workdir=runs/points
 
-First and last layer have 8-bit points, and their inputs 8-bit activations. `window=0` leaves the others at 8 bits, too.
+First and last layer have 8-bit points, and the network's input 8-bit activations. `window=0` leaves the others at 8 bits, too.
 """
 
 import dataclasses

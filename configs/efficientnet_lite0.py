@@ -20,9 +20,9 @@ from brecq_jax.formats import Uniform
 class Config:
     weight_bits: int = 4
     act_bits: int = 8  # 0: float
-    data: str = ""
+    data: str = ""  # a folder of images, every other one of which calibrates; none: the photographs of scikit-image
     calibration: int = 64
-    evaluation: int = 500
+    evaluation: int = 500  # at most; 100 of scikit-image's crops
     mirror: bool = False  # learn from the mirror images, too
     method: str = "annealed"  # a name that `solvers.by_name` knows
     num_steps: int = 60

@@ -48,6 +48,7 @@ class Config:
     mirror: bool = False  # learn from the mirror images, too
     num_steps: int = 0  # 0: the method's own
     act_steps: int = 0  # the same
+    step_examples: int = 0  # the same: of each step, shared out over the devices
     learning_rate: float = 0.0  # the same
     preset: str = "brecq"
     blocks: str = "block"
@@ -66,7 +67,7 @@ class Config:
         scored = scored.spread(-(-self.evaluation // jax.process_count())) if self.evaluation else scored
         pixels = data.calibration_crops(calibration, self.calibration, prepare.size, self.seed, prepare.interpolation)
         crop = functools.partial(data.center_crop, size=prepare.size, fraction=prepare.crop, interpolation=prepare.interpolation)
-        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, learning_rate=self.learning_rate)
+        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.step_examples, learning_rate=self.learning_rate)
 
         def evaluate(float_apply, quantized_apply):
             seen, labelled, agree, right, float_right = 0, 0, 0, 0, 0

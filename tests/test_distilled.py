@@ -1,6 +1,7 @@
 """Students that learn from the float model: what they begin and end as, gradients, and runs that were stopped."""
 
 import dataclasses
+import sys
 
 import flax.linen as nn
 import jax
@@ -142,11 +143,14 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_codes(after, tmp_
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_state_of_another_training_is_refused(tmp_path):
+def test_the_state_of_another_training_is_refused(tmp_path, monkeypatch):
     folder, short = deploy.TrainingFolder(tmp_path / "state"), dataclasses.replace(QUICK, num_steps=2)
     quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"))
     with pytest.raises(ValueError, match="another training"):
         quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"), key=jax.random.key(5))
+    monkeypatch.setattr(sys.modules[__name__], "problem", lambda params_and_ids=problem(): (params_and_ids[0], params_and_ids[1][::-1]))
+    with pytest.raises(ValueError, match="another training"):
+        quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"))
 
 
 def test_four_bit_activations_learn_their_steps():

@@ -64,7 +64,7 @@ def tokenized(sentences: Sequence[str], tokenizer: str | pathlib.Path, length: i
     try:
         import tokenizers  # noqa: PLC0415 - an extra, needed here alone
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("tokenizer.json is read by the package tokenizers: pip install brecq_jax[text]") from error
+        raise ModuleNotFoundError("tokenizer.json is read by the package tokenizers: pip install tokenizers") from error
     rules = tokenizers.Tokenizer.from_file(str(tokenizer))
     pad_id = (rules.padding or {}).get("pad_id", 0)
     rules.enable_truncation(length)

@@ -72,7 +72,7 @@ def restore(path: str | pathlib.Path, apply_fn: Callable, params: Any = None) ->
 
     Raises:
       FileNotFoundError: no checkpoint at the path.
-      ValueError: a damaged checkpoint, one of another model, or one of another version of the library.
+      ValueError: a damaged checkpoint, one of another version of the library, or, where `params` are given, one of another model.
     """
     path = pathlib.Path(path).absolute()
     if not (path / META).is_file():
@@ -132,7 +132,7 @@ def _read_arrays(path: pathlib.Path, places: dict[str, tuple[np.dtype, tuple[int
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Uncompressed, though codes of normal weights would shrink by up to a tenth: no file asks for more memory than it has bytes.
+    # Uncompressed, though codes of normal weights would shrink by up to an eighth: no file asks for more memory than it has bytes.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}")
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False, multiprocessing_options=alone)

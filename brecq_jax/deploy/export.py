@@ -83,4 +83,11 @@ def load_program(path: str | pathlib.Path) -> jax_export.Exported:
     whole = path.read_bytes()
     if hashlib.sha256(whole[:-SEAL]).digest() != whole[-SEAL:]:
         raise ValueError(f"load_program: {path} is damaged, or no file of `export`: its checksum differs. Export the model again.")
-    return jax_export.deserialize(bytearray(whole[:-SEAL]))
+    exported = jax_export.deserialize(bytearray(whole[:-SEAL]))
+    oldest, newest = jax_export.minimum_supported_calling_convention_version, jax_export.maximum_supported_calling_convention_version
+    if not oldest <= exported.calling_convention_version <= newest:
+        raise ValueError(
+            f"load_program: {path} has calling convention {exported.calling_convention_version}, and jax {jax.__version__} reads {oldest} to {newest}. "
+            "Export the model again, or take the jax that wrote it."
+        )
+    return exported

@@ -28,8 +28,8 @@ class PackedTable:
 
     Code i of a row is bits [i·bits, (i+1)·bits) of its bytes, the least significant bit first; the last byte is filled up
     with zeros. Then follow, little endian, scale and bias (`RowUniform`), the points (`RowCodebook`) or the number of
-    its codebook (`ClusterCodebook`). With `RowUniform` at 2 and 4 bits these are the bytes of PyTorch's
-    `quantized::embedding_bag_{2,4}bit_prepack`.
+    its codebook (`ClusterCodebook`). With `RowUniform` at 2 and 4 bits this is the layout of PyTorch's
+    `quantized::embedding_bag_{2,4}bit_prepack`, and its bytes with `GreedyRange(ratio=0.16)` or the whole range.
 
     A pytree. `rows` is a NumPy array in host memory as `pack_table` makes it; `jax.device_put(table)` moves it.
     """

@@ -102,8 +102,8 @@ def measure(
       weights, activations: the choices, fewest bits first; no activations: they are not searched.
       preset: what it fixes, as the first and last layer, is not measured, and stays as it says. See `make_plan`.
       solver: rounds the weights, once for each choice with all weights at it; None: to nearest.
-      error: `error(output, target, importance)` of each example, as reconstruction's. `divergence` and `solvers.fisher_error` get
-        Fisher weights, others None.
+      error: `error(output, target, importance)` of each example, as reconstruction's. `divergence`, `solvers.fisher_error` and
+        `position_error` get Fisher weights, others None.
       params, apply_fn, calib_ds, blocks, inputs, loss, key, progress: as of `quantize`.
 
     Raises:

@@ -6,7 +6,6 @@ The calibration set is the training set, unlabelled: thousands of inputs, not hu
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from brecq_jax._journal import digest
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax.formats import Binary, Ternary
 from brecq_jax.solvers._loop import drawn
@@ -133,11 +133,11 @@ class _Training:
         self.data = jax.tree.map(jnp.asarray, problem.inputs)
         self.train, self.judge = split_examples(problem.count)
         self.infos, self.done = [], 0
-        made_of = (settings, problem.plan.weights, problem.plan.activations, problem.count, jax.random.key_data(key).tolist())
-        self.made_of = np.frombuffer(hashlib.sha256(repr(made_of).encode()).digest(), np.uint8)
+        made_of = digest(repr((settings, problem.plan.weights, problem.plan.activations)), *(jax.tree.leaves(t) for t in (problem.params, problem.inputs)), key)
+        self.made_of = np.frombuffer(bytes.fromhex(made_of), np.uint8)
         self.kept = keep.latest() if keep else None
         if self.kept and not np.array_equal(self.kept[1][0], self.made_of):
-            raise ValueError("distilled: `keep` has the state of another training (settings, plan, data or key). Give a new folder, or remove it.")
+            raise ValueError("distilled: `keep` has the state of another training (settings, plan, parameters, data or key). Give a new folder, or remove it.")
         shapes = jax.eval_shape(features, problem.params, jax.tree.map(lambda a: a[:1], self.data))
         if not isinstance(shapes, Mapping) or set(shapes) != {"hidden", "scores", "logits"}:
             raise ValueError('distilled: features gives something else than {"hidden": [...], "scores": [...], "logits": array}. Give all three.')

@@ -22,7 +22,7 @@ from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
 
 NORMS = np.linspace(2, 4, 10)  # exponents that are tried: LAPQ's released code
-RANGE = LpRange(steps=99)  # down to a hundredth of the widest: one scale for a whole tensor clips far
+RANGE = LpRange(steps=99)  # down to a fiftieth of the widest: one scale for a whole tensor clips far
 REACH = 4.0  # octaves that a range may move from its start; beyond them the loss is flat
 
 

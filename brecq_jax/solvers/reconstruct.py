@@ -44,7 +44,7 @@ class Reconstruction:
     """
 
     unit: Literal["layer"] | None = None
-    error: Callable = fisher_error
+    error: Callable = fisher_error  # the paper's; the released code's default is squared_error
     start: SecondOrder | None = None  # rounds each unit first; what is learned then begins at its codes
     rounding: Rounding = RectifiedSigmoid()
     num_steps: int = 20_000

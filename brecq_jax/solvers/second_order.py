@@ -22,7 +22,7 @@ class SecondOrder:
 
     damping: float = 0.01  # pull towards the float weight, in means of the Gram matrix's diagonal: GPTQ's
     rounds: int = 3  # passes over the calibration examples: the later ones know where a ReLU cuts
-    rows: int = 131_072  # output positions that a Gram matrix is summed over, of all examples: more move nothing (docs/results.md)
+    rows: int = 131_072  # output positions that a Gram matrix is summed over, of all examples
 
 
 def second_order(**settings) -> Solver:

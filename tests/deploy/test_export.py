@@ -51,7 +51,7 @@ def test_a_process_without_this_library_gets_the_same_logits(form, quantized, di
     np.testing.assert_allclose(np.load(files[2]), model(images), rtol=1e-5, atol=1e-5)
 
 
-def test_a_program_is_loaded_only_as_it_was_written(quantized, digits, tmp_path):
+def test_a_program_is_loaded_only_as_it_was_written(quantized, digits, tmp_path, monkeypatch):
     path = tmp_path / "model"
     brecq_jax.export(quantized, path, digits.test_images, platforms=["cpu"])
     np.testing.assert_allclose(deploy.load_program(path).call(digits.test_images[:2]), quantized(digits.test_images[:2]), rtol=1e-5, atol=1e-5)
@@ -62,6 +62,10 @@ def test_a_program_is_loaded_only_as_it_was_written(quantized, digits, tmp_path)
             deploy.load_program(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         deploy.load_program(tmp_path / "nothing")
+    path.write_bytes(whole)
+    monkeypatch.setattr(jax.export, "minimum_supported_calling_convention_version", 1000)
+    with pytest.raises(ValueError, match=r"calling convention \d+, and jax .* reads 1000 to"):
+        deploy.load_program(path)
 
 
 def test_the_file_holds_packed_codes_and_lowers_for_accelerators_too(quantized, digits, tmp_path):

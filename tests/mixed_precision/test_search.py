@@ -1,5 +1,6 @@
 """The exact search is exact, the genetic one is near it, and both keep to what was asked."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
-from brecq_jax.formats import Binary, Ternary, Uniform
+from brecq_jax.formats import Binary, Sparq, Ternary, Uniform
 from brecq_jax.mixed_precision import Budget, Genetic, SystolicArray, exact
 from brecq_jax.mixed_precision._table import Table, Term
 
@@ -136,6 +137,20 @@ def test_the_plan_is_fed_to_quantize_and_to_a_file(measured, digits, tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no rules"):
         mixed_precision.load_rules(tmp_path / "other.json")
+
+
+def test_activations_that_are_not_searched_stay_as_asked(measured):
+    graph, found = measured
+    activations = Sparq(4)
+    of_weights = dataclasses.replace(found, activations=(), losses={n: v for n, v in found.losses.items() if n in graph.weights})
+    plan = brecq_jax.search(graph, of_weights, Budget(size_bits=150e3), activations=activations)
+    assert plan.activations == brecq_jax.make_plan(graph, Uniform(4), activations, "brecq").activations
+    assert activations in plan.activations.values()
+    ruled = brecq_jax.search(graph, found, Budget(size_bits=150e3), activations={"blocks_1/conv2.*": activations})
+    assert ruled.activations["blocks_1/conv2/kernel"] == activations
+    eight = brecq_jax.search(graph, of_weights, Budget(size_bits=150e3), activations=Uniform(8))
+    bops = [mixed_precision.predict(graph, of_weights, p, activations=a).costs["bops"] for p, a in ((plan, activations), (eight, Uniform(8)))]
+    assert bops[0] == bops[1]  # codes have eight bits, however many of them are read
 
 
 def test_costs_of_a_plan_by_hand(measured):
