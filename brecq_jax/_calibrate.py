@@ -19,7 +19,7 @@ from brecq_jax._plan import Activation
 from brecq_jax.formats import Grid, PerToken
 
 SAMPLES_PER_BATCH = 16_384  # of each activation: what ranges are fitted to
-OBSERVED_EXAMPLES = 256
+OBSERVED_EXAMPLES = 256  # of the calibration set
 
 
 class Hooks:
@@ -76,7 +76,10 @@ class Sample(NamedTuple):
 
 
 def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str]) -> dict[str, Sample]:
-    """What activations are over the calibration set, by name. As many examples pass at once as the budget of memory has room for."""
+    """What activations are over the calibration set, by name.
+
+    Examples are spread evenly over the set. As many pass at once as the budget of memory has room for.
+    """
     count = min(problem.count, OBSERVED_EXAMPLES)
     batch_size = min(STREAM, count)
     if problem.memory_budget_gb is not None:
@@ -88,8 +91,9 @@ def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str])
     ids = graph.flat.inputs[graph.num_leaves :]
     flat_inputs = dict(zip(ids, jax.tree.leaves(problem.inputs), strict=True))
     found: dict[str, list[Sample]] = {}
-    for start in range(0, count - batch_size + 1, batch_size):
-        batch = [np.asarray(flat_inputs[i][start : start + batch_size]) for i in block.ins]
+    spread = np.linspace(0, problem.count - 1, count - count % batch_size).astype(np.int64)
+    for rows in spread.reshape(-1, batch_size):
+        batch = [np.asarray(flat_inputs[i][rows]) for i in block.ins]
         values = _observe(block.program, batch_size, batch, param_values(graph, block, leaves), list(block.constants))
         for site, sample in values.items():
             found.setdefault(block.sites[site], []).append(jax.tree.map(np.asarray, sample))

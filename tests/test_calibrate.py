@@ -47,6 +47,13 @@ def test_every_channel_counts(channels):
     np.testing.assert_allclose(scale, best, rtol=0.06)  # the rule's factors are 4 % apart
 
 
+def test_a_sorted_set_is_seen_from_end_to_end():
+    x = np.abs(np.array(jax.random.normal(jax.random.key(0), (1024, 8, 8))))
+    mixed, _ = grid_of(x * np.where(np.arange(1024) % 4 == 0, 5, 1)[:, None, None].astype(np.float32), Uniform(4))
+    ordered, _ = grid_of(x * np.where(np.arange(1024) < 768, 1, 5)[:, None, None].astype(np.float32), Uniform(4))
+    np.testing.assert_allclose(ordered, mixed, rtol=0.1)
+
+
 def test_one_value_in_a_million_does_not_set_the_range():
     x = np.array(jax.random.normal(jax.random.key(0), (32, 64, 64, 8)))
     plain, _ = grid_of(x, Uniform(4))
