@@ -285,12 +285,14 @@ class _Reader:
         found = []
         for axis in range(len(shape)):
             index = np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-            env = {root: np.broadcast_to(index, shape).astype(self.flat.types[root].dtype)}
+            env = {root: np.broadcast_to(index, shape).astype(np.int32)}
             for s in chain:
-                if all(i in env for i in s.inputs):
+                if s.primitive == "convert_element_type":  # float16 has no numbers beyond 65,504
+                    env.update((out, env[i]) for i, out in zip(s.inputs, s.outputs, strict=True) if i in env)
+                elif all(i in env for i in s.inputs):
                     with jax.ensure_compile_time_eval():  # a model is traced inside its caller's jit, too
                         env.update(zip(s.outputs, s.run(*(env[i] for i in s.inputs)), strict=True))
-            labels = np.asarray(env.get(weight, env[root]), np.float32)
+            labels = np.asarray(env.get(weight, env[root]))
             if labels.ndim <= max(others, default=-1) or np.all(np.ptp(labels, axis=others) == 0):
                 found.append(axis)
         return tuple(found)

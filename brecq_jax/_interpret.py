@@ -130,8 +130,8 @@ def run(
 
 
 def needed_steps(graph: Graph, outputs: Sequence[int]) -> set[int]:
-    """Positions of the steps that weighted ops or these outputs depend on, weighted ops among them."""
-    weighted, values, found = {op.step for op in graph.ops}, set(outputs), set()
+    """Positions of the steps that weighted ops, products or these outputs depend on, ops and products among them."""
+    weighted, values, found = {read.step for read in (*graph.ops, *graph.factors)}, set(outputs), set()
     for t in reversed(range(len(graph.flat.steps))):
         step = graph.flat.steps[t]
         if t in weighted or values.intersection(step.outputs):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from brecq_jax.formats import Format, Grid
+from brecq_jax.formats.binary import BinaryGrid, TernaryGrid
 
 
 @functools.partial(
@@ -47,7 +48,7 @@ class QArray:
     def decode(self) -> Float[Array, "..."]:
         """The float array: original shape and dtype."""
         codes, grid = to_rows(self.codes, self.channel_axes), self.grid
-        if isinstance(grid, Grid) and 1 < grid.scale.shape[0] < codes.shape[0]:  # a stack whose slices have one grid each
+        if isinstance(grid, Grid | TernaryGrid | BinaryGrid) and 1 < grid.scale.shape[0] < codes.shape[0]:  # a stack whose slices have one grid each
             grid = jax.tree.map(lambda g: jnp.repeat(g, codes.shape[0] // g.shape[0], 0), grid)
         rows = self.format.decode(codes, grid)
         return from_rows(rows, self.shape, self.channel_axes).astype(self.dtype)

@@ -180,3 +180,10 @@ def test_a_long_loop_over_time_is_said():
     for length, said in ((63, False), (64, True)):
         _, notes = partition(brecq_jax.trace(apply_fn, {"h": jnp.ones((4, 4))}, jnp.ones((2, length, 4))))
         assert any("h is read 64 times: a loop over time" in note for note in notes) == said
+
+
+def test_an_output_of_integers_is_said_to_teach_nothing():
+    params, x = {n: jnp.ones((6, 6)) for n in "ab"}, jnp.ones((4, 6))
+    for last, said in ((lambda h: h, 0), (lambda h: jnp.argmax(h, -1), 1)):
+        graph = brecq_jax.trace(lambda p, x, last=last: last(jax.nn.relu(x @ p["a"]) @ p["b"]), params, x)
+        assert sum("nothing is learned from an output of int32" in note for note in partition(graph)[1]) == said

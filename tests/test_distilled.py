@@ -153,6 +153,14 @@ def test_the_state_of_another_training_is_refused(tmp_path, monkeypatch):
         quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"))
 
 
+def test_parameters_that_are_whole_numbers_stay(monkeypatch):
+    params, ids = problem()
+    counted = {"params": params["params"] | {"count": jnp.array(3)}}
+    monkeypatch.setattr(sys.modules[__name__], "problem", lambda: (counted, ids))
+    model, _ = quantized(solvers.distilled(features, dataclasses.replace(QUICK, num_steps=2)), Ternary("per_tensor"))
+    assert model.params["params"]["count"] == 3 and model.params["params"]["count"].dtype == jnp.int32
+
+
 def test_four_bit_activations_learn_their_steps():
     learned, _ = quantized(solvers.distilled(features, dataclasses.replace(QUICK, step_learning_rate=1e-2)), Ternary("per_tensor"), Uniform(4))
     fitted, _ = quantized(solvers.distilled(features, dataclasses.replace(QUICK, step_learning_rate=0.0)), Ternary("per_tensor"), Uniform(4))

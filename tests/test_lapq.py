@@ -14,7 +14,7 @@ from brecq_jax import solvers
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import make_plan
 from brecq_jax._quantize import NO_PLAN
-from brecq_jax.formats import Affine, MinMax, Uniform
+from brecq_jax.formats import Affine, MinMax, PerToken, Uniform
 
 lapq = sys.modules["brecq_jax.solvers.lapq"]  # `solvers.lapq` is the function
 
@@ -157,3 +157,10 @@ def test_several_outputs_are_means_of_unit_gaussians():
     assert float(jnp.abs(lapq.float_divergence([logits], [logits])).max()) < 1e-6
     boxes = [logits, jnp.arange(5)], [other, jnp.arange(5)]
     np.testing.assert_allclose(lapq.float_divergence(*boxes), jnp.mean(jnp.square(logits - other), -1) / 2, rtol=1e-6)
+
+
+def test_ranges_of_tokens_are_not_searched(small):
+    params, x, _ = small
+    settings = dict(weights=Uniform(3), activations=PerToken(8), preset=None, progress=False)
+    found = brecq_jax.quantize(params, apply, x, solver=solvers.lapq(iterations=1), **settings)
+    assert not found.activations and np.isfinite(found(x)).all()

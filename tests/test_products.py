@@ -166,3 +166,14 @@ def test_no_range_of_a_token_looks_ahead():
     other = ids.copy()
     other[:, 3:] = draw.integers(0, 40, (16, TOKENS - 3))
     np.testing.assert_allclose(quantized(other)[:, :3], quantized(ids)[:, :3], atol=1e-5)
+
+
+@pytest.mark.parametrize("apply_fn", [lambda p, h: (h @ h.T, h @ p["v"])[1], lambda p, h: (h @ p["v"], h.T @ h)], ids=["unused", "over the batch"])
+def test_a_product_that_no_output_of_examples_needs_is_carried_along(apply_fn):
+    draw = np.random.default_rng(0)
+    params = {"w": draw.normal(size=(8, 8)).astype(np.float32), "v": draw.normal(size=(8, 4)).astype(np.float32)}
+    inputs = draw.normal(size=(16, 8)).astype(np.float32)
+    run = lambda p, x: apply_fn(p, x @ p["w"])  # noqa: E731
+    quantized = quantize(params, inputs, run, weights=Uniform(8), activations=Uniform(8), solver=solvers.annealed(num_steps=4))
+    for ours, exact in zip(jax.tree.leaves(quantized(inputs)), jax.tree.leaves(run(params, inputs)), strict=True):
+        np.testing.assert_allclose(ours, exact, atol=0.05 * np.abs(exact).max())

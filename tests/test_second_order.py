@@ -12,7 +12,7 @@ import brecq_jax
 from brecq_jax import solvers
 from brecq_jax._interpret import param_values, whole
 from brecq_jax._qarray import to_rows
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Affine, Binary, Uniform
 from brecq_jax.solvers import _quadratic
 from brecq_jax.solvers._lattice import search, value
 
@@ -212,3 +212,22 @@ def test_errors_of_the_prefix_are_made_good():
         q = brecq_jax.quantize(params, run, x, weights=Uniform(2), activations=None, solver=solver, blocks="layer", progress=False)
         errors[name] = float(jnp.mean(jnp.square(q(x) - run(params, x))))
     assert errors["second"] < 0.6 * errors["nearest"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_models_of_half_precision_are_rounded_too(dtype):
+    keys = jax.random.split(jax.random.key(4), 3)
+    x = jax.random.normal(keys[0], (64, 16)).astype(dtype)
+    params = {n: jax.random.normal(k, (16, 16)).astype(dtype) / 4 for n, k in zip("ab", keys[1:], strict=True)} | {"bias": jnp.full(16, 0.1, dtype)}
+    run = lambda p, x: jax.nn.relu(x @ p["a"] + p["bias"]) @ p["b"] + p["bias"]  # noqa: E731
+    quantized = brecq_jax.quantize(params, run, x, weights=Uniform(2), activations=None, preset=None, solver=solvers.second_order(), progress=False)
+    assert quantized(x).dtype == dtype and any(b.kept for b in quantized.report.blocks)
+
+
+@pytest.mark.parametrize("format", [Affine(2), Binary(points=2), Uniform(2)], ids=str)
+def test_what_is_found_is_what_its_codes_say(format):
+    rows = jax.random.normal(jax.random.key(0), (96, 24))
+    inputs = jax.random.normal(jax.random.key(1), (64, 24)) @ (jnp.eye(24) + 0.3)
+    gram, grid = inputs.T @ inputs, format.fit(rows)
+    found, grid = search(format, 0.01, gram[None], rows @ gram, grid, rows, format.decode(format.encode(rows, grid), grid))
+    np.testing.assert_allclose(format.decode(format.encode(found, grid), grid), found, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from brecq_jax.formats import ClusterCodebook, RowCodebook, RowUniform
 RowFormat = RowUniform | RowCodebook | ClusterCodebook
 ELEMENTS_AT_ONCE = 2**20  # of a table that is packed: so many floats stay in a core's outer cache
 SUMS_AT_ONCE = 2**18  # elements of the bags that grow side by side, for the same reason
-ROWS_AT_ONCE = 32  # of each of these bags; a longer one is summed in several turns
+ROWS_AT_ONCE = 32  # of a bag; a longer one is summed in pieces
 ALIGNMENT = 64  # bytes: XLA:CPU reads what begins at a multiple in place, and copies all else first
 SAMPLED_ROWS = 65_536  # evenly spread over the table: what shared codebooks are fitted to
 
@@ -115,7 +115,7 @@ def lookup(table: PackedTable, ids: Integer[Array, "*batch"] | Integer[np.ndarra
     Raises:
       ValueError: there is no such row (of numbers known at once; under `jit` the nearest row that there is stands in).
     """
-    return _decoded(table.format, table.width, *_picked(table, ids))
+    return _decoded(table.format, table.width, *_picked(table, _whole(ids, "ids")))
 
 
 def embedding_bag(
@@ -130,28 +130,44 @@ def embedding_bag(
     `jit` XLA:CPU adds up rows one by one, and is slower. Source: torch.nn.EmbeddingBag, mode "sum".
 
     Raises:
-      ValueError: as `lookup`; offsets that do not begin at 0.
+      ValueError: as `lookup`; shapes that do not fit; offsets that do not ascend from 0 to at most n.
     """
-    if not isinstance(offsets, jax.core.Tracer) and np.asarray(offsets)[:1].tolist() != [0]:
-        raise ValueError(f"embedding_bag: offsets begin with {np.asarray(offsets)[:1]}; write 0 for the first bag.")
+    ids, offsets = _whole(ids, "ids"), _whole(offsets, "offsets")
+    if ids.ndim != 1 or offsets.ndim != 1 or not (weights is None or np.shape(weights) == ids.shape):
+        raise ValueError(
+            f"embedding_bag: ids {ids.shape}, offsets {offsets.shape}, weights {None if weights is None else np.shape(weights)}; "
+            "write ids (n,), offsets (bags,) and weights (n,)."
+        )
+    if isinstance(offsets, np.ndarray) and (offsets[:1].tolist() != [0] or np.any(np.diff(np.append(offsets, len(ids))) < 0)):
+        raise ValueError(f"embedding_bag: offsets {offsets} of {len(ids)} ids; write offsets that ascend from 0 for the first bag.")
     if isinstance(table.rows, np.ndarray) and not any(isinstance(a, jax.core.Tracer) for a in (ids, offsets, weights)):
-        return jax.device_put(_bags_on_host(table, np.asarray(ids), np.asarray(offsets), weights))
+        with jax.ensure_compile_time_eval():
+            return jax.device_put(_bags_on_host(table, ids, offsets, weights))
     return _bags(table.format, table.width, *_picked(table, ids), offsets, weights)
 
 
-def _check_ids(table: PackedTable, ids) -> None:
-    low, high = int(np.min(ids, initial=0)), int(np.max(ids, initial=0))
-    if low < 0 or high >= len(table.rows):
-        raise ValueError(f"ids are {low} to {high}, and the table has rows 0 to {len(table.rows) - 1}.")
+def _whole(numbers, what: str):
+    """NumPy integers, where the numbers are known at once."""
+    if isinstance(numbers, jax.core.Tracer):
+        return numbers
+    known = np.asarray(numbers)
+    if known.size and not np.issubdtype(known.dtype, np.integer):
+        raise TypeError(f"{what} are {known.dtype}; write integers.")
+    return known.astype(np.int64)
+
+
+def _check_ids(table: PackedTable, ids: np.ndarray) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= len(table.rows)):
+        raise ValueError(f"ids are {ids.min()} to {ids.max()}, and the table has rows 0 to {len(table.rows) - 1}.")
 
 
 def _picked(table: PackedTable, ids):
-    known = not isinstance(ids, jax.core.Tracer)
+    known = isinstance(ids, np.ndarray)
     if known:
         _check_ids(table, ids)
     if isinstance(table.rows, np.ndarray) and known:
-        rows = _aligned((*np.shape(ids), table.rows.shape[1]), np.uint8)
-        return np.take(table.rows, np.asarray(ids), axis=0, out=rows, mode="clip"), table.points
+        rows = _aligned((*ids.shape, table.rows.shape[1]), np.uint8)
+        return np.take(table.rows, ids, axis=0, out=rows, mode="clip"), table.points
     return jnp.take(table.rows, ids, axis=0, mode="clip"), table.points
 
 
@@ -162,7 +178,8 @@ def _decoded(format: RowFormat, width: int, rows: UInt8[Array, "*batch bytes"], 
 
 
 def _in_turns(planes: list[Float32[Array, "rows codebytes"]], width: int) -> Float32[Array, "rows width"]:
-    return jnp.stack(planes, -1).reshape(len(planes[0]), -1)[:, :width]
+    rows, size = planes[0].shape
+    return jnp.stack(planes, -1).reshape(rows, size * len(planes))[:, :width]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -181,24 +198,30 @@ def _planes(format: RowFormat, width: int, rows: UInt8[Array, "rows bytes"], poi
 
 
 def _bags_on_host(table: PackedTable, ids, offsets, weights) -> Float32[np.ndarray, "bags width"]:
-    """Sums of bags of about one length side by side, the longest first: what no bag has is row 0 with weight 0."""
+    """Sums of pieces of bags side by side: of all bags the first piece, then the second, the longest first; what no piece has is row 0 with weight 0."""
     _check_ids(table, ids)
-    weights = np.ones(len(ids)) if weights is None else np.asarray(weights)
-    bounds, ids, weights = np.append(offsets, len(ids)), np.append(ids, 0), np.append(weights, 0).astype(np.float32)
-    lengths, sums = np.diff(bounds), _aligned((len(offsets), table.width), np.float32)
+    sums = _aligned((len(offsets), table.width), np.float32)
     sums[:] = 0
-    size = 1 << min((len(offsets) - 1).bit_length(), max(1, SUMS_AT_ONCE // table.width).bit_length() - 1)
+    lengths = np.diff(np.append(offsets, len(ids)))
+    pieces = -(-lengths // ROWS_AT_ONCE)
+    bag = np.repeat(np.arange(len(lengths)), pieces)
+    nth = np.arange(len(bag)) - np.repeat(pieces.cumsum() - pieces, pieces)
+    starts, left = offsets[bag] + ROWS_AT_ONCE * nth, np.minimum(lengths[bag] - ROWS_AT_ONCE * nth, ROWS_AT_ONCE)
+    weights = np.ones(len(ids)) if weights is None else np.asarray(weights)
+    ids, weights = np.append(ids, 0), np.append(weights.astype(np.float32), 0)
+    size = 1 << min(max(len(bag) - 1, 0).bit_length(), max(1, SUMS_AT_ONCE // table.width).bit_length() - 1)
     rows, factors = _aligned((ROWS_AT_ONCE, size, table.rows.shape[1]), np.uint8), _aligned((ROWS_AT_ONCE, size), np.float32)
-    nth = np.arange(ROWS_AT_ONCE)[:, None]
-    for first in range(0, lengths.max(), ROWS_AT_ONCE):
-        left = np.clip(lengths - first, 0, ROWS_AT_ONCE)
-        order = np.argsort(-left, kind="stable")[: np.count_nonzero(left)]
-        for bags in (order[n : n + size] for n in range(0, len(order), size)):
-            longest, which = left[bags[0]], np.full(factors.shape, len(ids) - 1)
-            which[:, : len(bags)] = np.where(nth < left[bags], bounds[bags] + first + nth, len(ids) - 1)
-            np.take(table.rows, ids[which[:longest]], axis=0, out=rows[:longest], mode="clip")
-            factors[:longest] = weights[which[:longest]]
-            sums[bags] += np.asarray(_sums(table.format, table.width, longest, rows, factors, table.points))[: len(bags)]
+    order, step = np.lexsort((-left, nth)), np.arange(ROWS_AT_ONCE)[:, None]
+    for some in (order[n : n + size] for n in range(0, len(order), size)):
+        longest, which = left[some].max(), np.full(factors.shape, len(ids) - 1)
+        which[:, : len(some)] = np.where(step < left[some], starts[some] + step, len(ids) - 1)
+        np.take(table.rows, ids[which[:longest]], axis=0, out=rows[:longest], mode="clip")
+        factors[:longest] = weights[which[:longest]]
+        found = np.asarray(_sums(table.format, table.width, longest, rows, factors, table.points))[: len(some)]
+        if nth[some[0]] == nth[some[-1]]:  # no bag comes twice
+            sums[bag[some]] += found
+        else:
+            np.add.at(sums, bag[some], found)
     return sums
 
 
@@ -251,7 +274,7 @@ def _bytes(values: Array) -> UInt8[Array, "rows bytes"]:
 
 def _read(rows: UInt8[Array, "rows bytes"], dtype) -> Array:
     size = np.dtype(dtype).itemsize
-    return jax.lax.bitcast_convert_type(rows.reshape(len(rows), -1, size) if size > 1 else rows, dtype)
+    return jax.lax.bitcast_convert_type(rows.reshape(len(rows), rows.shape[1] // size, size) if size > 1 else rows, dtype)
 
 
 def _code_bytes(width: int, bits: int) -> int:

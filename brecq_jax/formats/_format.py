@@ -63,8 +63,8 @@ class ScalarFormat(Format):
     def of_group(self) -> "ScalarFormat":
         """The format of one group of elements as a row of its own: the same points, and nothing shared."""
 
-    def grids_near(self, grid: Grid) -> Grid:
-        """Other grids for the same rows, stacked on a new first axis: what a search may try. Here other scales."""
+    def grids_near(self, grid: tuple) -> tuple:
+        """Other grids (`grid_type`) for the same rows, stacked on a new first axis: what a search may try. Here other scales."""
         return jax.tree.map(lambda *g: jnp.stack(g), *(grid._replace(scale=grid.scale * f) for f in SCALES_NEAR))
 
     @abc.abstractmethod

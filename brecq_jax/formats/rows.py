@@ -50,11 +50,11 @@ class GreedyRange:
         least_width = int(self.bins * (1 - ratio)) * step
 
         def wider(state):
-            (low, high), *_ = state
-            return jnp.any(low + least_width < high)
+            (low, high), *_, count = state
+            return jnp.any(low + least_width < high) & (count < self.bins)  # of a row a few float32 wide, a step may be nothing
 
         def narrow(state):
-            (low, high), error, best, best_error = state
+            (low, high), error, best, best_error, count = state
             active = low + least_width < high
             without_low, without_high = _error(columns, low + step, high, bits), _error(columns, low, high - step, bits)
             minimum = active & (error < without_low) & (error < without_high) & (error < best_error)
@@ -64,10 +64,10 @@ class GreedyRange:
             error = jnp.where(from_below, without_low, without_high)
             low = jnp.where(active & from_below, low + step, low)
             high = jnp.where(active & ~from_below, high - step, high)
-            return (low, high), error, best, best_error
+            return (low, high), error, best, best_error, count + 1
 
         error = _error(columns, low, high, bits)
-        return jax.lax.while_loop(wider, narrow, (first, error, first, error))[2]
+        return jax.lax.while_loop(wider, narrow, (first, error, first, error, 0))[2]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,6 +222,7 @@ def _rescale(gram, cross, grid: Grid, found):
         return found + steps * (new - old)[:, None], scale.at[:, j, 0].set(new)
 
     found, scale = jax.lax.fori_loop(0, parts, one, (found, grid.scale))
-    # exactly the points that codes name
-    steps = jnp.round(found.reshape(shape) / scale)
+    # exactly the points that codes name, which are whole steps from zero but for `Affine` and for two binary points
+    steps = found.reshape(shape) / scale
+    steps = jnp.where(jnp.abs(steps - jnp.round(steps)) < 1e-3, jnp.round(steps), steps)
     return (steps * scale).reshape(found.shape), grid._replace(scale=scale)

@@ -187,7 +187,8 @@ def statistics(program: Program, number: int, to: Reach, keep: int, formats, who
 
         return run(part, inputs, params, constants, on_op=on_op, **local_hooks(part, formats, whole_values, grids))[0]
 
-    zeros = jnp.zeros(program_types(program, inputs, params, constants)[program.steps[op.step][2][0]].shape)
+    output = program_types(program, inputs, params, constants)[program.steps[op.step][2][0]]
+    zeros = jnp.zeros(output.shape, output.dtype)
     current, slope = jax.jvp(until_end, (zeros,), (jnp.ones_like(zeros),))
     goal = jnp.where(wanted <= to.low, jnp.minimum(current, to.low), jnp.where(wanted >= to.high, jnp.maximum(current, to.high), wanted))
     target = seen["output"] + jnp.where(slope != 0, (goal - current) / jnp.where(slope != 0, slope, 1), 0)

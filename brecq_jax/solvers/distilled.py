@@ -205,8 +205,16 @@ def _optimizer(settings: Distillation, stage: str) -> optax.GradientTransformati
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(rate, weight_decay=settings.weight_decay, mask=lambda tree: jax.tree.map(lambda a: a.ndim > 1, tree)),
     )
-    transforms = {"latents": latents, "steps": optax.adam(settings.step_learning_rate)}
-    return optax.multi_transform(transforms, lambda student: Student("latents", dict.fromkeys(student.steps, "steps")))
+    transforms = {"latents": latents, "whole": optax.set_to_zero(), "steps": optax.adam(settings.step_learning_rate)}
+
+    def kinds(student):
+        return Student(jax.tree.map(lambda a: "latents" if _is_float(a) else "whole", student.latents), dict.fromkeys(student.steps, "steps"))
+
+    return optax.multi_transform(transforms, kinds)
+
+
+def _is_float(array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _steps(static: Static, state, operands, start: int, count: int):
@@ -232,7 +240,8 @@ def _update(static: Static, state, operands, i):
     (student, opt_state), (params, activations, data, rows, key) = state, operands
     chosen = rows[drawn(key, i, len(rows), static.settings.batch_size)]
     batch = jax.tree.map(lambda a: a[chosen], data)
-    gradients = jax.grad(lambda student: _loss(static, student, params, activations, batch))(student)
+    gradients = jax.grad(lambda student: _loss(static, student, params, activations, batch), allow_int=True)(student)
+    gradients = jax.tree.map(lambda g, a: g if _is_float(a) else jnp.zeros_like(a), gradients, student)
     updates, opt_state = _optimizer(static.settings, static.stage).update(gradients, opt_state, student)
     return optax.apply_updates(student, updates), opt_state
 

@@ -133,7 +133,7 @@ def _loss(net: _Net, octaves, grids: Mapping[tuple[str, int], Grid], params, con
     params = list(params)
     for slot, format, axes in net.written:
         params[slot] = _nearest(params[slot], format, axes, grids["weight", slot], net.correct_means).decode()
-    by_site = {site: grids["reads", site] for site, _ in net.formats}
+    by_site = {site: grids["reads", site] for site, _ in net.formats if ("reads", site) in grids}  # `PerToken` has none
     outputs = run_local(net.program, net.formats, net.whole_values, inputs, params, constants, by_site)
     return jnp.sum(counted * net.error(outputs, targets))
 

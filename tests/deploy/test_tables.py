@@ -80,6 +80,36 @@ def test_bags_of_any_length_are_sums_of_their_rows(monkeypatch):
         np.testing.assert_allclose(deploy.embedding_bag(mine, ids, offsets, weights), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", [lambda t: t, jax.device_put], ids=["host", "device"])
+def test_bags_and_lookups_take_what_they_say(place):
+    whole = deploy.pack_table(table(), RowUniform(4))
+    mine, rows, ids, offsets = place(whole), np.asarray(deploy.lookup(whole, np.arange(50))), [3, 49, 0, 3], [0, 3]
+    expected = [rows[3] + rows[49] + rows[0], rows[3]]
+    for kind in (list, np.uint64, np.uint8, jnp.array):
+        bags = deploy.embedding_bag(mine, *(a if kind is list else np.array(a).astype(kind) if kind is not jnp.array else jnp.array(a) for a in (ids, offsets)))
+        np.testing.assert_allclose(bags, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(deploy.embedding_bag(mine, ids, offsets, jnp.full(4, 0.5, jnp.bfloat16)), np.multiply(expected, 0.5), rtol=1e-5, atol=1e-6)
+    inside = jax.jit(lambda s: deploy.embedding_bag(mine, np.array(ids), np.array(offsets)) * s)(2.0)
+    np.testing.assert_allclose(inside, np.multiply(expected, 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(deploy.embedding_bag(mine, [], [0, 0]), np.zeros((2, 21)))
+    assert deploy.lookup(mine, []).shape == (0, 21)
+    for arguments in ((ids, [0, 3, 1]), (ids, [0, 5]), (ids, offsets, np.ones(5)), (ids, offsets, np.ones(3)), ([ids], offsets), (ids, [0, 3, 50])):
+        with pytest.raises(ValueError, match="embedding_bag: .* write"):
+            deploy.embedding_bag(mine, *arguments)
+    with pytest.raises(TypeError, match="write integers"):
+        deploy.lookup(mine, [0.5])
+    with pytest.raises(ValueError, match="ids are 5 to 99"):
+        deploy.lookup(mine, [5, 99])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("ulps", [1, 4, 20])
+def test_a_row_that_is_a_few_floats_wide_is_packed_too(bits, ulps):
+    row = np.full((1, 16), 0.1, np.float32)
+    row[0, 0] += ulps * np.spacing(row[0, 0])
+    np.testing.assert_allclose(deploy.lookup(deploy.pack_table(row, RowUniform(bits)), [0]), row, atol=1e-3)
+
+
 @pytest.mark.parametrize("look", ["embed", "take", "index"])
 def test_a_rule_reaches_any_gather_and_learned_rounding_leaves_it(look, tmp_path):
     class Model(nn.Module):
@@ -114,7 +144,7 @@ def test_a_rule_reaches_any_gather_and_learned_rounding_leaves_it(look, tmp_path
         (lambda: deploy.pack_table(np.full((3, 9), np.nan), RowUniform(4)), ValueError, "rows 0 to 2"),
         (lambda: deploy.pack_table(table(width=9), RowCodebook(4)), ValueError, r"write RowUniform\(4\)"),
         (lambda: deploy.lookup(deploy.pack_table(table(), RowUniform(4)), np.array([50])), ValueError, "rows 0 to 49"),
-        (lambda: deploy.embedding_bag(deploy.pack_table(table(), RowUniform(4)), np.array([5]), np.array([1])), ValueError, "write 0"),
+        (lambda: deploy.embedding_bag(deploy.pack_table(table(), RowUniform(4)), np.array([5]), np.array([1])), ValueError, "ascend from 0"),
         (lambda: deploy.packed(quantize_array(jnp.asarray(table()), RowUniform(4), (1,))), ValueError, "first axis"),
         (lambda: RowUniform(3), ValueError, "2, 4 or 8"),
         (lambda: RowCodebook(8), ValueError, "write 2 or 4"),

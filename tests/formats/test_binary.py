@@ -11,6 +11,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import solvers
+from brecq_jax._qarray import quantize_array
 from brecq_jax.formats import Binary, Ternary, Uniform
 
 ROWS = np.array(
@@ -111,3 +112,16 @@ def test_the_plan_names_it_and_a_preset_keeps_first_and_last_layer_at_eight_bits
     quantized = brecq_jax.quantize(params, apply_fn, x, weights=format, activations=None, preset="uniform", solver=solvers.nearest(), progress=False)
     assert quantized.params["w1"].format == format and words in quantized.report.plan
     assert {type(quantized.params[name].format) for name in ("w0", "w2")} == {Uniform}
+
+
+@pytest.mark.parametrize("format", [Ternary("per_tensor"), Binary(granularity="per_tensor"), Binary(2, "per_tensor")], ids=str)
+def test_layers_of_a_stack_have_their_own_scales(format):
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 8, 8)) * jnp.array([1.0, 2.0, 4.0])[:, None, None]}
+
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["w"])[0]
+
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    quantized = brecq_jax.quantize(params, apply_fn, x, weights=format, activations=None, preset=None, solver=solvers.nearest(), progress=False)
+    alone = jnp.stack([quantize_array(w, format, (1,)).decode() for w in params["w"]])
+    np.testing.assert_allclose(quantized(x), apply_fn({"w": alone}, x), rtol=1e-5, atol=1e-6)
