@@ -130,6 +130,16 @@ def test_bias_norm_and_a_clip_become_one_multiplication(activation, clips):
     assert np.max(np.abs(got - expected)) <= np.ptp(expected) / 255
 
 
+def test_a_clip_with_bounds_for_each_channel_is_not_taken_for_one():
+    x, limits = DRAW.normal(size=(64, 16)).astype(np.float32), np.full(16, 6, np.float32)
+    limits[[13, 9]] = 1.5, 3
+    params = {"w": DRAW.normal(size=(16, 16)).astype(np.float32), "v": DRAW.normal(size=(16, 4)).astype(np.float32), "limits": limits}
+    quantized = quantize(params, lambda p, x: jnp.clip(x @ p["w"], 0, p["limits"]) @ p["v"], x, weights=Uniform(8), activations=Uniform(8))
+    integer = to_integer(quantized, x[:1])
+    assert [taken.clips for taken in integer.taken] == [0, 0]
+    assert np.max(np.abs(integer(x) - quantized(x))) <= np.ptp(quantized(x)) / 255
+
+
 @pytest.mark.parametrize(
     ("weights", "activations", "apply_fn", "why"),
     [
