@@ -8,7 +8,7 @@
      "report": what the report's to_json gives, or null}
 
 A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. Steps of its path are the keys of dicts and the
-numbers in lists; [kind, key] where a key is no text, or a step is into something else. A quantized leaf has also {"format",
+numbers in lists; [kind, key] where a key is no text, or paths do not say what the tree is. A quantized leaf has also {"format",
 "channel_axes", "grid": {array: stored, …}}, for the arrays of its format's grid, "scale" and "zero_point" mostly; its codes, of
 `shape`, are packed at format.bits in `name.codes`, and `dtype` is the float type that they decode to. What is stored of an
 array of the grid, in `name.array`, is one of
@@ -47,12 +47,13 @@ def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray
     """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
     entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=is_qarray)
     names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=is_qarray))
+    step = _other if _holds_nothing(quantized.params) else _step
     arrays: dict[str, np.ndarray] = {}
     numbers: dict[Format, int] = {}
     leaves = []
     for n, (name, (path, leaf)) in enumerate(zip(names, entries, strict=True)):
         name = name if names.count(name) == 1 else f"{name}#{n}"
-        entry = {"name": name, "path": [_step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+        entry = {"name": name, "path": [step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
         if isinstance(leaf, QArray):
             arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
             grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.size) for k, v in leaf.grid._asdict().items()}
@@ -262,10 +263,10 @@ def _build(node):
     kinds = {kind for kind, _ in node}
     if kinds == {"dict"}:
         return {key: _build(child) for (_, key), child in node.items()}
-    if kinds == {"index"}:
+    if kinds == {"index"} and max(number for _, number in node) < len(node):
         return [_build(child) for _, child in sorted(node.items())]
     raise ValueError(
-        "the parameters were not a tree of dicts and lists. Pass a tree of their structure: "
+        "the parameters were not a tree of dicts and lists alone, or held None or an empty one. Pass a tree of their structure: "
         "restore(path, apply_fn, params=…), as brecq_jax.from_nnx gives."
     )
 
@@ -273,7 +274,20 @@ def _build(node):
 def _step(entry) -> Any:
     if isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, (str, int)):
         return entry.key if isinstance(entry.key, str) else ["dict", entry.key]
-    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else ["other", str(entry)]
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else _other(entry)
+
+
+def _other(entry) -> list[str]:
+    return ["other", str(entry)]
+
+
+def _holds_nothing(params) -> bool:
+    """Whether a part of the tree has no parameters, as (), {} and None: no path leads there."""
+
+    def is_whole(x):
+        return is_qarray(x) or not jax.tree.leaves(x)
+
+    return not all(map(jax.tree.leaves, jax.tree.leaves(params, is_leaf=is_whole)))
 
 
 def _kind_and_key(step: Any) -> tuple[str, Any]:
