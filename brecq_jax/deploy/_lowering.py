@@ -205,7 +205,7 @@ def clip_bounds(reading: Reading, steps: Sequence[Step], value_of) -> tuple:
         return x
 
     low, high = (clipped(jnp.full(shape, p)).reshape(-1)[0] for p in PROBES[:2])
-    first = jax.random.randint(jax.random.key(0), shape, 0, len(PROBES))
+    first = jnp.arange(math.prod(shape)).reshape(shape) % (len(PROBES) + 1)  # 17: strides of 16 and more see others
 
     def agrees(turn):
         probes = jnp.asarray(PROBES)[(first + turn) % len(PROBES)]
