@@ -213,6 +213,15 @@ def test_the_memory_of_a_weight_only_model_is_that_of_its_packed_bytes_and_one_t
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-4, atol=1e-5)
 
 
+def test_tiles_of_a_bfloat16_model_are_added_up_in_float32():
+    w = jnp.asarray(DRAW.normal(0, 0.03, (4096, 1024)), jnp.bfloat16)
+    x = jnp.asarray(DRAW.normal(size=(8, 4096)), jnp.bfloat16)
+    quantized = quantize({"w": w}, lambda p, x: x @ p["w"], x, weights=Uniform(4, ranges=MinMax()), activations=None)
+    exact = np.asarray(x, np.float32) @ np.asarray(quantized.dequantized()["w"], np.float32)
+    errors = [np.linalg.norm(np.asarray(model(x), np.float32) - exact) for model in (quantized, to_integer(quantized, x))]
+    assert errors[1] < 1.2 * errors[0]
+
+
 CONVOLVED = {  # dimension numbers, shape of the kernel
     "HWIO": (("NHWC", "HWIO", "NHWC"), (3, 3, 96, 128)),
     "OIHW": (("NCHW", "OIHW", "NCHW"), (128, 96, 3, 3)),
