@@ -46,13 +46,12 @@ MOST_POINTS = 8  # elements of a grid for each code, at most: Multipoint's
 def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
     entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=is_qarray)
-    names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=is_qarray))
+    names = _names(quantized.params)
     step = _other if _holds_nothing(quantized.params) else _step
     arrays: dict[str, np.ndarray] = {}
     numbers: dict[Format, int] = {}
     leaves = []
-    for n, (name, (path, leaf)) in enumerate(zip(names, entries, strict=True)):
-        name = name if names.count(name) == 1 else f"{name}#{n}"
+    for name, (path, leaf) in zip(names, entries, strict=True):
         entry = {"name": name, "path": [step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
         if isinstance(leaf, QArray):
             arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
@@ -95,7 +94,7 @@ def rebuild(record: dict[str, Any], arrays: dict[str, np.ndarray], apply_fn: Cal
     activations = _activations(record, arrays)
     sites = tuple((_text(name), known[number]) for name, number in record["sites"])
     report = None if record["report"] is None else Report.from_json(record["report"])
-    tree = _tree([entry["path"] for entry in record["leaves"]], leaves, params)
+    tree = _tree(record["leaves"], leaves, params)
     return Quantized(tree, activations, Program(apply_fn, sites, bool(record["whole_values"]), report))
 
 
@@ -232,20 +231,27 @@ def _activations(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[
     return grids
 
 
-def _tree(paths, leaves, params):
+def _names(params) -> list[str]:
+    """One for each parameter, no two alike."""
+    names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_qarray))
+    return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
+
+
+def _tree(entries, leaves, params):
     if params is not None:
         tree = jax.tree.structure(params, is_leaf=is_qarray)
-        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_qarray))
         shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=is_qarray)]
-        saved = [tuple(x.shape) for x in leaves]
-        if len(saved) != len(shapes):
-            raise ValueError(f"it is of another model: it has {len(saved)} parameters, `params` has {len(shapes)}.")
-        for name, there, given in zip(names, saved, shapes, strict=True):
-            if there != given:
-                raise ValueError(f"it is of another model: {name} is {there} there and {given} in `params`.")
+        if len(leaves) != len(shapes):
+            raise ValueError(f"it is of another model: it has {len(leaves)} parameters, `params` has {len(shapes)}.")
+        for entry, leaf, name, given in zip(entries, leaves, _names(params), shapes, strict=True):
+            if entry["name"] != name:
+                raise ValueError(f"it is of another model: {entry['name']} stands there where {name} is in `params`. Give the tree that was quantized.")
+            if leaf.shape != given:
+                raise ValueError(f"it is of another model: {name} is {leaf.shape} there and {given} in `params`.")
         return jax.tree.unflatten(tree, leaves)
     root: dict = {}
-    for path, leaf in zip(paths, leaves, strict=True):
+    for entry, leaf in zip(entries, leaves, strict=True):
+        path = entry["path"]
         steps = [_kind_and_key(step) for step in path]
         if not steps:
             return leaf

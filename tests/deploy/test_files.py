@@ -100,6 +100,13 @@ def test_trees_that_are_not_of_dicts_and_lists_need_params(kind, tmp_path):
         restore(tmp_path / "m", apply_fn, [jnp.zeros(3)])
 
 
+def test_params_of_other_names_are_refused(kind, tmp_path):
+    save, restore = kind
+    save(tmp_path / "m", model({"b": jnp.ones(3), "c": jnp.zeros(3)}))
+    with pytest.raises(ValueError, match="another model: b stands there where a is in `params`"):
+        restore(tmp_path / "m", apply_fn, {"b": jnp.ones(3), "a": jnp.zeros(3)})
+
+
 @pytest.mark.parametrize("empty", [(), {}, None, [None]], ids=str)
 def test_trees_with_empty_parts_need_params(kind, empty, tmp_path):
     save, restore = kind
