@@ -268,6 +268,20 @@ def test_a_packed_array_unpacks_to_what_was_packed(bits):
     chex.assert_trees_all_equal(packed.qarray(), array)
 
 
+def test_other_lengths_than_those_it_was_made_for_are_refused():
+    x = DRAW.normal(size=(16, 4, 8)).astype(np.float32)
+    params = {name: DRAW.normal(size=shape).astype(np.float32) for name, shape in {"w": (8, 8), "at": (4, 8), "v": (8, 3)}.items()}
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["w"] + params["at"][: x.shape[1]]) @ params["v"]
+
+    quantized = quantize(params, apply_fn, x, weights=Uniform(8), activations=Uniform(8))
+    integer = to_integer(quantized, x[:1, :1])
+    assert np.max(np.abs(integer(x[:, :1]) - quantized(x[:, :1]))) <= np.ptp(quantized(x)) / 255
+    with pytest.raises(ValueError, match=r"made for inputs \(batch, 1, 8\) and got \(batch, 4, 8\)"):
+        integer(x)
+
+
 def test_only_a_quantized_model_is_taken():
     with pytest.raises(TypeError, match="Pass what quantize"):
         to_integer({"w": 1}, np.zeros((1, 2)))
