@@ -163,6 +163,13 @@ def test_a_setting_may_be_a_tuple(sweep):
     assert trial.settings["b"] == (1, 2) and trial.result()["figures"] == {"score": 1.0}
 
 
+def test_a_setting_may_be_none(sweep):
+    sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', "b: int | None = 3"))
+    assert [trial.settings["b"] for trial in trials_of(sweep, "b=None,5")] == [None, 5]
+    with pytest.raises(ValueError, match=r"config\.b=x: write a value of type int or None"):
+        trials_of(sweep, "b=x")
+
+
 def test_a_trial_that_cannot_be_started_gives_its_cores_back(sweep, monkeypatch):
     last = threading.Event()
 
