@@ -245,7 +245,7 @@ def _tree(entries, leaves, params):
             raise ValueError(f"it is of another model: it has {len(leaves)} parameters, `params` has {len(shapes)}.")
         for entry, leaf, name, given in zip(entries, leaves, _names(params), shapes, strict=True):
             if entry["name"] != name:
-                raise ValueError(f"it is of another model: {entry['name']} stands there where {name} is in `params`. Give the tree that was quantized.")
+                raise ValueError(f"it is of another model: {entry['name']} stands there where {name} is in `params`. Rename it.")
             if leaf.shape != given:
                 raise ValueError(f"it is of another model: {name} is {leaf.shape} there and {given} in `params`.")
         return jax.tree.unflatten(tree, leaves)
