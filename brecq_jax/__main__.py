@@ -1,6 +1,7 @@
 """python -m brecq_jax --config=configs/NAME.py --workdir=DIR [--devices=N | --process=…] [--config.KEY=VALUE …]"""
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import pathlib
@@ -8,7 +9,8 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from jax.sharding import Mesh
 from brecq_jax._experiment import execute
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+WORDS = {bool: {"true": True, "1": True, "false": False, "0": False}, NoneType: {"none": None}}  # values that are written so alone
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -92,15 +95,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     return kind(**values)
 
 
-def _parse(name: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        if text.lower() in ("true", "1", "false", "0"):
-            return text.lower() in ("true", "1")
-        raise ValueError(f"--config.{name}={text}: write true or false.")
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"--config.{name}={text}: write a value of type {kind.__name__}.") from None
+def _parse(name: str, text: str, kind: Any) -> Any:
+    kinds = get_args(kind) if get_origin(kind) in (UnionType, Union) else (kind,)
+    for one in kinds:
+        if text.lower() in WORDS.get(one, ()):
+            return WORDS[one][text.lower()]
+    for one in kinds:
+        if one not in WORDS:
+            with contextlib.suppress(ValueError):
+                return one(text)
+    wanted = "true or false" if kind is bool else f"a value of type {' or '.join(one.__name__.removesuffix('Type') for one in kinds)}"
+    raise ValueError(f"--config.{name}={text}: write {wanted}.")
 
 
 if __name__ == "__main__":

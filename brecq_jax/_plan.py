@@ -15,7 +15,7 @@ import rich.table
 from brecq_jax._graph import Graph, Op, Weight
 from brecq_jax._interpret import contraction_axis, token_axes
 from brecq_jax._products import Factor
-from brecq_jax.formats import Binary, Format, Multipoint, PerToken, Sparq, TailRange, Ternary, Uniform
+from brecq_jax.formats import Binary, ClusterCodebook, Format, Multipoint, PerToken, RowCodebook, RowUniform, Sparq, TailRange, Ternary, Uniform
 
 PRESETS = ("brecq", "uniform")
 EDGE_BITS = 8  # of the first and last layer, under a preset
@@ -175,6 +175,8 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
 def _at_edge(format: Format | Activation) -> Format | PerToken:
     if isinstance(format, (Ternary, Binary)):  # bits are not a setting of theirs
         return Uniform(EDGE_BITS, granularity=format.granularity)
+    if isinstance(format, (RowCodebook, ClusterCodebook)):  # they have no 8 bits
+        return RowUniform(EDGE_BITS)
     return Uniform(EDGE_BITS, ranges=format.ranges) if isinstance(format, Sparq) else dataclasses.replace(format, bits=EDGE_BITS)
 
 

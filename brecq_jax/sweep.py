@@ -54,7 +54,8 @@ class Trial:
         if not file.exists():
             return None
         result = json.loads(file.read_text())
-        other = [f"{k}={v} and not {self.settings[k]}" for k, v in result["settings"].items() if v != self.settings.get(k, v)]
+        mine = json.loads(json.dumps(self.settings))  # a tuple is a list there
+        other = [f"{k}={v} and not {mine[k]}" for k, v in result["settings"].items() if v != mine.get(k, v)]
         if other:
             raise ValueError(f"sweep: {file} was made with {', '.join(other)}. Give another --workdir.")
         return result
@@ -153,8 +154,10 @@ def run_all(trials: list[Trial], jobs: int, compiled: pathlib.Path) -> dict[path
 
     def run(trial: Trial):
         share = shares.pop()
-        words = _run(trial, share, environment)
-        shares.append(share)
+        try:
+            words = _run(trial, share, environment)
+        finally:
+            shares.append(share)
         if words:
             unfinished[trial.path] = words
         print(trial.path.name, words or trial.result()["figures"], file=sys.stderr, flush=True)

@@ -5,10 +5,12 @@ import itertools
 import json
 import re
 import textwrap
+import threading
 
 import pytest
 
-from brecq_jax.sweep import firsts_first, main, make_trials, shard, table
+from brecq_jax import sweep as module
+from brecq_jax.sweep import firsts_first, main, make_trials, run_all, shard, table
 
 CONFIG = """
     import dataclasses
@@ -152,6 +154,37 @@ def test_results_of_other_settings_are_not_taken_for_these(sweep, capsys):
         sweep("--config.b=y", "--vary=a=1")
     assert stop.value.code == 2
     assert "was made with b=x and not y. Give another --workdir" in capsys.readouterr().err
+
+
+def test_a_setting_may_be_a_tuple(sweep):
+    sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', "b: tuple = (1, 2)"))
+    (trial,) = trials_of(sweep, "a=1")
+    made_up(trial, score=1.0)
+    assert trial.settings["b"] == (1, 2) and trial.result()["figures"] == {"score": 1.0}
+
+
+def test_a_setting_may_be_none(sweep):
+    sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', "b: int | None = 3"))
+    assert [trial.settings["b"] for trial in trials_of(sweep, "b=None,5")] == [None, 5]
+    with pytest.raises(ValueError, match=r"config\.b=x: write a value of type int or None"):
+        trials_of(sweep, "b=x")
+
+
+def test_a_trial_that_cannot_be_started_gives_its_cores_back(sweep, monkeypatch):
+    last = threading.Event()
+
+    def start(trial, cores, environment):
+        number = int(trial.setting["a"])
+        if number == 2:
+            raise OSError("no process")
+        if number == 3:
+            last.set()
+        return "ended" if last.wait(10) else "the last was not started"
+
+    monkeypatch.setattr(module, "_run", start)
+    with pytest.raises(OSError, match="no process"):
+        run_all(trials_of(sweep, "a=1,2,3"), 2, sweep.folder / "compiled")
+    assert last.is_set()
 
 
 def test_arguments_may_come_from_a_file(sweep, tmp_path):

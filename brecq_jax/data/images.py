@@ -125,7 +125,7 @@ def mirrored(images: np.ndarray) -> np.ndarray:
     """Images (n, height, width, channels) and their mirror images: twice the calibration set, for nothing.
 
     Eight images are followed by their eight mirror images: `quantize` judges by one example in eight, and no example that
-    judges is learned from in a mirror.
+    judges is learned from in a mirror, but for one where 4 to 7 images remain after the last eight.
     """
     runs = [images[i : i + RUN] for i in range(0, len(images), RUN)]
     return np.concatenate([part for run in runs for part in (run, run[:, :, ::-1])])

@@ -119,7 +119,7 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
 
     Args:
       path: a folder with folders `train` and `val`; or any other folder of images, of which every other one scores; or
-        tfds's data_dir ("": its own default) if there is a
+        tfds's data_dir ("" or Path(""): its own default) if there is a
       dataset: name of a tfds data set that was prepared as array_record: its train and its validation (or test) split.
 
     Of several JAX processes each scores its share of the latter, and all see the same former.
@@ -128,7 +128,7 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
       ValueError: no images, or a data set in another file format.
     """
     if dataset:
-        return _tfds_splits(dataset, str(path) or None)
+        return _tfds_splits(dataset, None if path in ("", pathlib.Path()) else str(path))
     root = pathlib.Path(path)
     if (root / CALIBRATION_FOLDER).is_dir() and (root / EVALUATION_FOLDER).is_dir():
         return image_folder(root / CALIBRATION_FOLDER), own_share(image_folder(root / EVALUATION_FOLDER))

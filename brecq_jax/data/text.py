@@ -82,11 +82,12 @@ def rated_sentences(path: str | pathlib.Path) -> tuple[list[str], np.ndarray]:
       ValueError: a line of another form.
     """
     sentences, ratings = [], []
-    for number, line in enumerate(pathlib.Path(path).open(encoding="utf-8"), 1):
-        parts = line.rstrip("\n").split("\t")
-        try:
-            ratings.append(float(parts[1]))
-            sentences.append(parts[2])
-        except (IndexError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not number, rating and text, separated by tabs: {line[:60]!r}") from error
+    with pathlib.Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            parts = line.rstrip("\n").split("\t")
+            try:
+                ratings.append(float(parts[1]))
+                sentences.append(parts[2])
+            except (IndexError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: not number, rating and text, separated by tabs: {line[:60]!r}") from error
     return sentences, np.array(ratings, np.float32)

@@ -8,7 +8,7 @@
      "report": what the report's to_json gives, or null}
 
 A leaf is {"name", "path", "shape", "dtype"}, its array is called `name`. Steps of its path are the keys of dicts and the
-numbers in lists; [kind, key] where a key is no text, or a step is into something else. A quantized leaf has also {"format",
+numbers in lists; [kind, key] where a key is no text, or paths do not say what the tree is. A quantized leaf has also {"format",
 "channel_axes", "grid": {array: stored, …}}, for the arrays of its format's grid, "scale" and "zero_point" mostly; its codes, of
 `shape`, are packed at format.bits in `name.codes`, and `dtype` is the float type that they decode to. What is stored of an
 array of the grid, in `name.array`, is one of
@@ -46,13 +46,13 @@ MOST_POINTS = 8  # elements of a grid for each code, at most: Multipoint's
 def describe(quantized: Quantized) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(record, arrays): JSON and the arrays it speaks of, in the order of `layout`."""
     entries, _ = jax.tree.flatten_with_path(quantized.params, is_leaf=is_qarray)
-    names = leaf_names(jax.tree.map(lambda _: 0, quantized.params, is_leaf=is_qarray))
+    names = _names(quantized.params)
+    step = _other if _holds_nothing(quantized.params) else _step
     arrays: dict[str, np.ndarray] = {}
     numbers: dict[Format, int] = {}
     leaves = []
-    for n, (name, (path, leaf)) in enumerate(zip(names, entries, strict=True)):
-        name = name if names.count(name) == 1 else f"{name}#{n}"
-        entry = {"name": name, "path": [_step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
+    for name, (path, leaf) in zip(names, entries, strict=True):
+        entry = {"name": name, "path": [step(k) for k in path], "shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
         if isinstance(leaf, QArray):
             arrays[f"{name}.codes"] = pack(np.asarray(leaf.codes), leaf.format.bits)
             grid = {k: _shortest(arrays, f"{name}.{k}", np.asarray(v), leaf.size) for k, v in leaf.grid._asdict().items()}
@@ -94,7 +94,7 @@ def rebuild(record: dict[str, Any], arrays: dict[str, np.ndarray], apply_fn: Cal
     activations = _activations(record, arrays)
     sites = tuple((_text(name), known[number]) for name, number in record["sites"])
     report = None if record["report"] is None else Report.from_json(record["report"])
-    tree = _tree([entry["path"] for entry in record["leaves"]], leaves, params)
+    tree = _tree(record["leaves"], leaves, params)
     return Quantized(tree, activations, Program(apply_fn, sites, bool(record["whole_values"]), report))
 
 
@@ -231,20 +231,27 @@ def _activations(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[
     return grids
 
 
-def _tree(paths, leaves, params):
+def _names(params) -> list[str]:
+    """One for each parameter, no two alike."""
+    names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_qarray))
+    return [name if names.count(name) == 1 else f"{name}#{n}" for n, name in enumerate(names)]
+
+
+def _tree(entries, leaves, params):
     if params is not None:
         tree = jax.tree.structure(params, is_leaf=is_qarray)
-        names = leaf_names(jax.tree.map(lambda _: 0, params, is_leaf=is_qarray))
         shapes = [tuple(x.shape) for x in jax.tree.leaves(params, is_leaf=is_qarray)]
-        saved = [tuple(x.shape) for x in leaves]
-        if len(saved) != len(shapes):
-            raise ValueError(f"it is of another model: it has {len(saved)} parameters, `params` has {len(shapes)}.")
-        for name, there, given in zip(names, saved, shapes, strict=True):
-            if there != given:
-                raise ValueError(f"it is of another model: {name} is {there} there and {given} in `params`.")
+        if len(leaves) != len(shapes):
+            raise ValueError(f"it is of another model: it has {len(leaves)} parameters, `params` has {len(shapes)}.")
+        for entry, leaf, name, given in zip(entries, leaves, _names(params), shapes, strict=True):
+            if entry["name"] != name:
+                raise ValueError(f"it is of another model: {entry['name']} stands there where {name} is in `params`. Rename it.")
+            if leaf.shape != given:
+                raise ValueError(f"it is of another model: {name} is {leaf.shape} there and {given} in `params`.")
         return jax.tree.unflatten(tree, leaves)
     root: dict = {}
-    for path, leaf in zip(paths, leaves, strict=True):
+    for entry, leaf in zip(entries, leaves, strict=True):
+        path = entry["path"]
         steps = [_kind_and_key(step) for step in path]
         if not steps:
             return leaf
@@ -262,10 +269,10 @@ def _build(node):
     kinds = {kind for kind, _ in node}
     if kinds == {"dict"}:
         return {key: _build(child) for (_, key), child in node.items()}
-    if kinds == {"index"}:
+    if kinds == {"index"} and max(number for _, number in node) < len(node):
         return [_build(child) for _, child in sorted(node.items())]
     raise ValueError(
-        "the parameters were not a tree of dicts and lists. Pass a tree of their structure: "
+        "the parameters were not a tree of dicts and lists alone, or held None or an empty one. Pass a tree of their structure: "
         "restore(path, apply_fn, params=…), as brecq_jax.from_nnx gives."
     )
 
@@ -273,7 +280,20 @@ def _build(node):
 def _step(entry) -> Any:
     if isinstance(entry, jax.tree_util.DictKey) and isinstance(entry.key, (str, int)):
         return entry.key if isinstance(entry.key, str) else ["dict", entry.key]
-    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else ["other", str(entry)]
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else _other(entry)
+
+
+def _other(entry) -> list[str]:
+    return ["other", str(entry)]
+
+
+def _holds_nothing(params) -> bool:
+    """Whether a part of the tree has no parameters, as (), {} and None: no path leads there."""
+
+    def is_whole(x):
+        return is_qarray(x) or not jax.tree.leaves(x)
+
+    return not all(map(jax.tree.leaves, jax.tree.leaves(params, is_leaf=is_whole)))
 
 
 def _kind_and_key(step: Any) -> tuple[str, Any]:

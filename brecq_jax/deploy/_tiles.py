@@ -37,8 +37,10 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
     tiles = shape[0] // size
     packed = weight.packed.reshape(tiles, -1)
     axis = contracting[data_position][0]
+    # Many tiles are added up: bfloat16 would lose at each what it loses once.
+    added = dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
 
-    def product(n, packed, x):
+    def product(n, packed, x, dtype):
         codes = unpack(packed, weight.format.bits, size * shape[1]).reshape(size, shape[1])
         grid = jax.tree.map(lambda g: _part(g, n, tiles, by_channel=summed == 1), weight.grid)
         w = operand(QArray(codes, grid, weight.format, weight.channel_axes, weight.dtype))
@@ -46,18 +48,18 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
         return jax.lax.dot_general(*operands, step.params["dimension_numbers"], step.params["precision"], preferred_element_type=dtype)
 
     if summed == 1:
-        _, parts = jax.lax.scan(lambda _, tile: (None, product(*tile, x)), None, (jnp.arange(tiles), packed))
+        _, parts = jax.lax.scan(lambda _, tile: (None, product(*tile, x, dtype)), None, (jnp.arange(tiles), packed))
         where = parts.ndim - 2 if data_position == 0 else 0
         parts = jnp.moveaxis(parts, 0, where)
         return parts.reshape(*parts.shape[:where], -1, *parts.shape[where + 2 :])
 
     def add(sums, tile):
         n, packed = tile
-        return sums + product(n, packed, jax.lax.dynamic_slice_in_dim(x, n * size, size, axis)), None
+        return sums + product(n, packed, jax.lax.dynamic_slice_in_dim(x, n * size, size, axis), added), None
 
     rest = [n for a, n in enumerate(x.shape) if a != axis]
     out = (*rest, shape[1]) if data_position == 0 else (shape[1], *rest)
-    return jax.lax.scan(add, jnp.zeros(out, dtype), (jnp.arange(tiles), packed))[0]
+    return jax.lax.scan(add, jnp.zeros(out, added), (jnp.arange(tiles), packed))[0].astype(dtype)
 
 
 def tiled_conv(step: Step, weight, convolve: Callable[[QArray], jax.Array]) -> jax.Array | None:

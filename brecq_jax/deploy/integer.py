@@ -57,12 +57,15 @@ def unpacked(params: Any) -> Any:
     return jax.tree.map(lambda x: x.qarray() if isinstance(x, PackedArray) else x, params, is_leaf=lambda x: isinstance(x, PackedArray))
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "activations", "ops"), meta_fields=("program", "taken", "kept_float"))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("params", "activations", "ops"), meta_fields=("program", "taken", "kept_float", "shapes")
+)
 @dataclasses.dataclass(frozen=True, repr=False)
 class Integer:
     """A quantized model on integers: a pytree to call, jit and shard, as a `Quantized` is.
 
     `params`: the caller's tree, quantized leaves packed. `ops`: the constants of each integer op. `kept_float`: (op, why).
+    `shapes`: of the inputs' arrays, without the batch.
     """
 
     params: Any
@@ -71,9 +74,14 @@ class Integer:
     program: Program
     taken: tuple[Taken, ...]
     kept_float: tuple[tuple[str, str], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     def __call__(self, inputs: Any) -> Any:
-        """Outputs in the structure that the float model's have."""
+        """Outputs in the structure that the float model's have.
+
+        Raises:
+          ValueError: inputs of other shapes than those that it was made for; the batch, axis 0, is free.
+        """
         return _call(self, inputs)
 
     def __repr__(self) -> str:
@@ -98,7 +106,7 @@ def to_integer(quantized: Quantized, inputs: Any) -> Integer:
 
     Args:
       quantized: what `quantize` or `restore` returned.
-      inputs: an example of what the model takes, or its `jax.ShapeDtypeStruct`s; one image is enough, and the batch size free.
+      inputs: an example of what the model takes, or its `jax.ShapeDtypeStruct`s; one image is enough, and the batch size alone is free.
 
     Raises:
       TypeError: not a Quantized.
@@ -121,7 +129,7 @@ def to_integer(quantized: Quantized, inputs: Any) -> Integer:
     params = packed_params(quantized)
     why = tuple((name, reason) for name, reason in kept_float.items() if reason is not None)
     why += tuple((product.name, "it multiplies two values, on their grids where the plan has some, as floats") for product in graph.products)
-    return Integer(params, quantized.activations, ops, quantized.program, tuple(taken.values()), why)
+    return Integer(params, quantized.activations, ops, quantized.program, tuple(taken.values()), why, _shapes(inputs))
 
 
 def _constants(reading: Reading, quantized: Quantized, able: list[Op]) -> tuple[dict, dict]:
@@ -171,6 +179,9 @@ def _choose(reading: Reading, op: Op, found, clip, able: set[str], quantized: Qu
 
 @jax.jit
 def _call(integer: Integer, inputs):
+    if (shapes := _shapes(inputs)) != integer.shapes:  # constants of its ops are those of the shapes that were traced
+        made, came = (", ".join(f"({', '.join(map(str, ('batch', *shape)))})" for shape in each) for each in (integer.shapes, shapes))
+        raise ValueError(f"Integer: it was made for inputs {made} and got {came}. Write to_integer(quantized, inputs) with an example of these.")
     program, formats = integer.program, dict(integer.program.sites)
     params = unpacked(integer.params)
     floats = jax.tree.map(lambda x: x.decode() if isinstance(x, QArray) else x, params, is_leaf=is_qarray)
@@ -250,6 +261,11 @@ def _padded(step: Step, x, zero):
     padded = jax.lax.pad(x, zero, config)
     # XLA:CPU (jax 0.10.2) folds a pad between pixels into the convolution and then sums what lies beside it in memory.
     return jax.lax.optimization_barrier(padded) if max(dilation) > 1 else padded
+
+
+def _shapes(inputs) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the arrays of one example."""
+    return tuple(x.shape[1:] for x in jax.tree.leaves(inputs))
 
 
 def _scalars(grid: Grid) -> Grid:

@@ -53,8 +53,7 @@ class SystolicArray:
         }
 
     def _op(self, graph: Graph, op: Op, weight_bits: int, act_bits: int) -> float:
-        groups = graph.flat.steps[op.step].params.get("feature_group_count", 1)
-        used = self.depthwise_utilisation if groups > 1 and groups == graph.weights[op.weight].shape[-1] else 1.0
+        used = self.depthwise_utilisation if _is_depthwise(graph, op) else 1.0
         arithmetic = macs(graph, op) * weight_bits * act_bits / (8 * 8 * self.peak_gmacs * used)
         values = graph.flat.types[op.data].size // batch_size(graph)
         memory = (math.prod(graph.weights[op.weight].shape) * weight_bits + values * act_bits) / self.bandwidth_gbit
@@ -68,7 +67,8 @@ def read_latency(path: str | pathlib.Path) -> dict[tuple[str, int, int], float]:
       ValueError: other columns, or a cell that is no number.
     """
     with open(path, newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        lines = [(number, line) for number, line in enumerate(file, 1) if not line.startswith("#")]
+        rows = csv.DictReader(line for _, line in lines)
         wanted = {"layer", "weight_bits", "act_bits", "us"}
         if set(rows.fieldnames or ()) != wanted:
             raise ValueError(f"read_latency: {path} has the columns {rows.fieldnames}. Write {', '.join(sorted(wanted))}.")
@@ -77,7 +77,7 @@ def read_latency(path: str | pathlib.Path) -> dict[tuple[str, int, int], float]:
             try:
                 found[row["layer"], int(row["weight_bits"]), int(row["act_bits"])] = float(row["us"])
             except (TypeError, ValueError):
-                raise ValueError(f"read_latency: {path}, line {rows.line_num}: {row} is not understood. Write numbers.") from None
+                raise ValueError(f"read_latency: {path}, line {lines[rows.line_num - 1][0]}: {row} is not understood. Write numbers.") from None
     return found
 
 
@@ -87,6 +87,12 @@ def write_latency(latency: Latency, path: str | pathlib.Path):
         writer = csv.writer(file)
         writer.writerow(("layer", "weight_bits", "act_bits", "us"))
         writer.writerows((*key, us) for key, us in latency.items())
+
+
+def _is_depthwise(graph: Graph, op: Op) -> bool:
+    """Whether a convolution has groups of one input channel each."""
+    params, kernel = graph.flat.steps[op.step].params, graph.flat.types[op.weight_value].shape
+    return op.kind == "conv" and params["feature_group_count"] > 1 and kernel[params["dimension_numbers"].rhs_spec[1]] == 1
 
 
 def macs(graph: Graph, op: Op | Product) -> int:

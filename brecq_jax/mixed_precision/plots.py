@@ -18,6 +18,8 @@ def plot_sensitivities(sensitivities: Sensitivities, path: str | pathlib.Path) -
     axes = figure.subplots()
     for kind, choices in (("weights", sensitivities.weights), ("activations", sensitivities.activations)):
         rows = [n for n, name in enumerate(names) if name.startswith(READS) == (kind == "activations")]
+        if not rows:  # the preset or rules may fix all of a kind
+            continue
         values = np.array([sensitivities.losses[names[n]] for n in rows])
         for k, format in enumerate(choices):
             fill = "none" if kind == "activations" else f"C{k}"

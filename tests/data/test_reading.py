@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import pathlib
 import sys
 import threading
 
@@ -12,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from brecq_jax.data import calibration_crops, center_crop, folder, image_folder, open_images, stream, tfds_images
+from brecq_jax.data import calibration_crops, center_crop, folder, image_folder, open_images, sources, stream, tfds_images
 from brecq_jax.data.sources import Images
 
 CROP = functools.partial(center_crop, size=8, fraction=1.0)
@@ -229,6 +230,12 @@ def test_every_process_scores_its_share_and_all_calibrate_on_the_same(snapshots,
     assert {len(share) for share in scored} == {3, 4}
     assert sorted(scored[0] + scored[1]) == list(range(7))
     np.testing.assert_array_equal(*crops)
+
+
+@pytest.mark.parametrize(("path", "data_dir"), [("", None), (pathlib.Path(""), None), (".", "."), (pathlib.Path("a"), "a")])
+def test_no_path_is_the_own_folder_of_tfds(path, data_dir, monkeypatch):
+    monkeypatch.setattr(sources, "_tfds_splits", lambda dataset, data_dir: (dataset, data_dir))
+    assert open_images(path, "snapshots") == ("snapshots", data_dir)
 
 
 def test_a_set_in_another_file_format_is_refused_with_the_way_out(snapshots):

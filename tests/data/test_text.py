@@ -1,6 +1,7 @@
 """Token dicts and sentences as calibration sets."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -79,7 +80,9 @@ def test_what_a_tokenizer_needs_is_told(tokenizer, monkeypatch):
 def test_rated_sentences_are_read(tmp_path):
     path = tmp_path / "snippets.txt"
     path.write_bytes("1\t2.25\tGood\u2028film, \u00e9tonnant\r\n2\t-0.6\ttepid\r\n".encode())
-    sentences, ratings = data.rated_sentences(path)
+    with warnings.catch_warnings(record=True, action="always", category=ResourceWarning) as caught:
+        sentences, ratings = data.rated_sentences(path)
+    assert not [w for w in caught if str(path) in str(w.message)]
     assert sentences == ["Good\u2028film, \u00e9tonnant", "tepid"]
     np.testing.assert_allclose(ratings, [2.25, -0.6])
     path.write_text("1\t2.25\tgood\n2\tfine\n")

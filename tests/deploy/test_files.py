@@ -100,6 +100,23 @@ def test_trees_that_are_not_of_dicts_and_lists_need_params(kind, tmp_path):
         restore(tmp_path / "m", apply_fn, [jnp.zeros(3)])
 
 
+def test_params_of_other_names_are_refused(kind, tmp_path):
+    save, restore = kind
+    save(tmp_path / "m", model({"b": jnp.ones(3), "c": jnp.zeros(3)}))
+    with pytest.raises(ValueError, match="another model: b stands there where a is in `params`"):
+        restore(tmp_path / "m", apply_fn, {"b": jnp.ones(3), "a": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("empty", [(), {}, None, [None]], ids=str)
+def test_trees_with_empty_parts_need_params(kind, empty, tmp_path):
+    save, restore = kind
+    tree = [{"kernel": weight(FORMATS[0]), "bias": empty}, empty, (jnp.ones(3), jnp.ones(2))]
+    save(tmp_path / "m", model(tree))
+    with pytest.raises(ValueError, match="params="):
+        restore(tmp_path / "m", apply_fn)
+    assert_same(restore(tmp_path / "m", apply_fn, tree), model(tree))
+
+
 def test_a_model_without_a_float32_number_comes_back(kind, tmp_path):
     save, restore = kind
     quantized = model({"table": weight(RowUniform(4), (6, 8), (0,))})

@@ -130,6 +130,16 @@ def test_bias_norm_and_a_clip_become_one_multiplication(activation, clips):
     assert np.max(np.abs(got - expected)) <= np.ptp(expected) / 255
 
 
+def test_a_clip_with_bounds_for_each_channel_is_not_taken_for_one():
+    x, limits = DRAW.normal(size=(64, 16)).astype(np.float32), np.full(16, 6, np.float32)
+    limits[[13, 9]] = 1.5, 3
+    params = {"w": DRAW.normal(size=(16, 16)).astype(np.float32), "v": DRAW.normal(size=(16, 4)).astype(np.float32), "limits": limits}
+    quantized = quantize(params, lambda p, x: jnp.clip(x @ p["w"], 0, p["limits"]) @ p["v"], x, weights=Uniform(8), activations=Uniform(8))
+    integer = to_integer(quantized, x[:1])
+    assert [taken.clips for taken in integer.taken] == [0, 0]
+    assert np.max(np.abs(integer(x) - quantized(x))) <= np.ptp(quantized(x)) / 255
+
+
 @pytest.mark.parametrize(
     ("weights", "activations", "apply_fn", "why"),
     [
@@ -203,6 +213,15 @@ def test_the_memory_of_a_weight_only_model_is_that_of_its_packed_bytes_and_one_t
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-4, atol=1e-5)
 
 
+def test_tiles_of_a_bfloat16_model_are_added_up_in_float32():
+    w = jnp.asarray(DRAW.normal(0, 0.03, (4096, 1024)), jnp.bfloat16)
+    x = jnp.asarray(DRAW.normal(size=(8, 4096)), jnp.bfloat16)
+    quantized = quantize({"w": w}, lambda p, x: x @ p["w"], x, weights=Uniform(4, ranges=MinMax()), activations=None)
+    exact = np.asarray(x, np.float32) @ np.asarray(quantized.dequantized()["w"], np.float32)
+    errors = [np.linalg.norm(np.asarray(model(x), np.float32) - exact) for model in (quantized, to_integer(quantized, x))]
+    assert errors[1] < 1.2 * errors[0]
+
+
 CONVOLVED = {  # dimension numbers, shape of the kernel
     "HWIO": (("NHWC", "HWIO", "NHWC"), (3, 3, 96, 128)),
     "OIHW": (("NCHW", "OIHW", "NCHW"), (128, 96, 3, 3)),
@@ -247,6 +266,20 @@ def test_a_packed_array_unpacks_to_what_was_packed(bits):
     packed = PackedArray.of(array)
     assert packed.packed.size == -(-105 * bits // 8)
     chex.assert_trees_all_equal(packed.qarray(), array)
+
+
+def test_other_lengths_than_those_it_was_made_for_are_refused():
+    x = DRAW.normal(size=(16, 4, 8)).astype(np.float32)
+    params = {name: DRAW.normal(size=shape).astype(np.float32) for name, shape in {"w": (8, 8), "at": (4, 8), "v": (8, 3)}.items()}
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["w"] + params["at"][: x.shape[1]]) @ params["v"]
+
+    quantized = quantize(params, apply_fn, x, weights=Uniform(8), activations=Uniform(8))
+    integer = to_integer(quantized, x[:1, :1])
+    assert np.max(np.abs(integer(x[:, :1]) - quantized(x[:, :1]))) <= np.ptp(quantized(x)) / 255
+    with pytest.raises(ValueError, match=r"made for inputs \(batch, 1, 8\) and got \(batch, 4, 8\)"):
+        integer(x)
 
 
 def test_only_a_quantized_model_is_taken():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import brecq_jax
 from brecq_jax.formats import ClusterCodebook, GreedyRange, RowCodebook, RowUniform
 from brecq_jax.formats.codebooks import kmeans
 from brecq_jax.formats.rows import to_half
@@ -96,3 +97,11 @@ def test_a_stack_of_tables_keeps_each_its_own_codebooks():
     codes = jnp.concatenate([format.encode(t, g) for t, g in zip(tables, grids, strict=True)])
     apart = jnp.concatenate([format.decode(format.encode(t, g), g) for t, g in zip(tables, grids, strict=True)])
     np.testing.assert_array_equal(format.decode(codes, stacked), apart)
+
+
+@pytest.mark.parametrize("format", [RowCodebook(4), ClusterCodebook(2)], ids=str)
+def test_under_a_preset_codebooks_have_rows_of_eight_bits_at_the_edges(format):
+    params = {name: normal_rows(32, 32) for name in ("first", "middle", "last")}
+    graph = brecq_jax.trace(lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["first"]) @ p["middle"]) @ p["last"], params, jnp.zeros((2, 32)))
+    for preset in ("brecq", "uniform"):
+        assert list(brecq_jax.make_plan(graph, format, None, preset).weights.values()) == [RowUniform(8), format, RowUniform(8)]

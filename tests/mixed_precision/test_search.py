@@ -173,6 +173,26 @@ def test_the_systolic_array_has_the_papers_peaks():
     assert slow == pytest.approx((512 * 512 * 2 + 1000 * 512 * 8) / 1e6 * 1e6)
 
 
+@pytest.mark.parametrize(
+    ("dims", "shape", "groups", "depthwise"),
+    [
+        (("NHWC", "HWIO", "NHWC"), (3, 3, 1, 8), 8, True),
+        (("NHWC", "HWIO", "NHWC"), (3, 3, 1, 16), 8, True),
+        (("NCHW", "OIHW", "NCHW"), (8, 1, 3, 3), 8, True),
+        (("NCHW", "OIHW", "NCHW"), (16, 1, 3, 3), 8, True),
+        (("NHWC", "HWIO", "NHWC"), (3, 3, 4, 2), 2, False),
+        (("NHWC", "HWIO", "NHWC"), (3, 3, 8, 16), 1, False),
+    ],
+)
+def test_an_op_with_one_input_channel_a_group_uses_a_part_of_the_array(dims, shape, groups, depthwise):
+    def apply_fn(params, x):
+        return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=dims, feature_group_count=groups)
+
+    graph = brecq_jax.trace(apply_fn, {"w": jnp.zeros(shape)}, jnp.zeros((1, 8, 8, 8)))
+    part, whole = (SystolicArray(bandwidth_gbit=1e9, depthwise_utilisation=u).latency(graph)["w", 8, 8] for u in (1 / 16, 1))
+    assert part / whole == pytest.approx(16 if depthwise else 1)
+
+
 def test_latency_is_a_table_of_ones_own(measured, tmp_path):
     graph, found = measured
     table = SystolicArray().latency(graph)
@@ -184,7 +204,7 @@ def test_latency_is_a_table_of_ones_own(measured, tmp_path):
     (tmp_path / "short.csv").write_text("# mine\nlayer,weight_bits,act_bits,us\nstem/kernel,8,32,1.5\n")
     with pytest.raises(ValueError, match="has no .*Add a row"):
         brecq_jax.search(graph, found, Budget(latency_us=1.0), latency=mixed_precision.read_latency(tmp_path / "short.csv"))
-    for text, words in (("a,b\n1,2\n", "has the columns"), ("layer,weight_bits,act_bits,us\nx,8,8,fast\n", "line 2")):
+    for text, words in (("a,b\n1,2\n", "has the columns"), ("layer,weight_bits,act_bits,us\nx,8,8,1\n# mine\nx,8,8,fast\n", "line 4")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
             mixed_precision.read_latency(tmp_path / "bad.csv")

@@ -1,5 +1,6 @@
 """Sensitivities are what each configuration gives by itself."""
 
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -106,6 +107,9 @@ def test_a_file_holds_them(found, tmp_path):
 
 def test_a_picture_shows_them(found, tmp_path):
     assert mixed_precision.plot_sensitivities(found, tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for wanted in (True, False):
+        losses = {name: own for name, own in found.losses.items() if name.startswith(READS) == wanted}
+        assert mixed_precision.plot_sensitivities(dataclasses.replace(found, losses=losses), tmp_path / "part.png").exists()
 
 
 def test_the_divergence_is_near_what_the_prediction_loses(digits):
