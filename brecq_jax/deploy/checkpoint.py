@@ -68,7 +68,7 @@ def restore(path: str | pathlib.Path, apply_fn: Callable, params: Any = None) ->
     Args:
       apply_fn: the function that was quantized.
       params: a tree of the parameters' structure (values are not read); needed where it is not made of dicts, lists
-        and tuples, as an `nnx.State`. Checked against the checkpoint.
+        and tuples, as an `nnx.State`, or holds None or an empty part. Names and shapes are checked against the checkpoint.
 
     Raises:
       FileNotFoundError: no checkpoint at the path.
