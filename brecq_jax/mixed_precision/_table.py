@@ -9,7 +9,7 @@ import numpy as np
 
 from brecq_jax._graph import Graph
 from brecq_jax._plan import Activation, Plan, Rules, describe, make_plan, size_bits
-from brecq_jax.formats import Format, activation_grid
+from brecq_jax.formats import Format, Sparq
 from brecq_jax.mixed_precision.costs import FLOAT_BITS, Latency, latency_of, macs
 from brecq_jax.mixed_precision.sensitivities import READS, Sensitivities, decision
 
@@ -118,7 +118,7 @@ def _rest(rules: Rules, choices) -> Format | Activation | None:
 
 
 def _bits(format: Format | Activation | None) -> int:
-    return FLOAT_BITS if format is None else activation_grid(format).bits
+    return FLOAT_BITS if format is None else format.base.bits if isinstance(format, Sparq) else format.bits
 
 
 def _names(rules: Rules, name: str) -> bool:
