@@ -191,8 +191,10 @@ class _Cutter:
         graph, blocks, start, names = self.graph, [], 0, {}
         for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy - graph.by_example):
             self.notes.append(f"nothing is learned from an output of shape {graph.flat.types[i].shape}: its examples are not on axis 0 alone")
-        for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy and not jnp.issubdtype(graph.flat.types[i].dtype, jnp.floating)):
-            self.notes.append(f"nothing is learned from an output of {graph.flat.types[i].dtype}: let apply_fn return the real numbers that it is made of")
+        for i in dict.fromkeys(i for i in graph.flat.outputs if i in graph.heavy):
+            dtype = graph.flat.types[i].dtype
+            if not jnp.issubdtype(dtype, jnp.floating):
+                self.notes.append(f"nothing is learned from an output of {dtype}: let apply_fn return the real numbers that it is made of")
         weight, uses = collections.Counter(op.weight for op in graph.ops).most_common(1)[0]
         if uses >= LOOP:
             self.notes.append(

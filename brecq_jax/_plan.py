@@ -112,7 +112,8 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
         rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
     rows.extend(_factor_row(f, chosen_a[f.site]) for f in graph.factors if chosen_a[f.site] is not None)
     size = sum(sizes.values()) + graph.other_bits
-    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), sum(graph.float_bits), size, graph.skipped + _float_products(graph, chosen_a))
+    skipped = graph.skipped + _float_products(graph, chosen_a)
+    return Plan(chosen_w, chosen_a, preset == "brecq", preset, tuple(rows), sum(graph.float_bits), size, skipped)
 
 
 def render(renderable: Any, width: int = 120) -> str:

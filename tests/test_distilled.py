@@ -1,7 +1,6 @@
 """Students that learn from the float model: what they begin and end as, gradients, and runs that were stopped."""
 
 import dataclasses
-import sys
 
 import flax.linen as nn
 import jax
@@ -50,8 +49,8 @@ def problem():
 QUICK = solvers.Distillation(num_steps=40, batch_size=16, learning_rate=2e-3, checks=2)
 
 
-def quantized(solver, weights, activations=Uniform(8), **kw):
-    params, ids = problem()
+def quantized(solver, weights, activations=Uniform(8), given=None, **kw):
+    params, ids = given or problem()
     rules = {"head.*": None, "word.*": dataclasses.replace(weights, granularity="per_channel"), ".*": weights}
     return brecq_jax.quantize(params, MODEL.apply, ids, weights=rules, activations=activations, solver=solver, progress=False, **kw), ids
 
@@ -143,21 +142,20 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_codes(after, tmp_
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_state_of_another_training_is_refused(tmp_path, monkeypatch):
+def test_the_state_of_another_training_is_refused(tmp_path):
     folder, short = deploy.TrainingFolder(tmp_path / "state"), dataclasses.replace(QUICK, num_steps=2)
     quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"))
     with pytest.raises(ValueError, match="another training"):
         quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"), key=jax.random.key(5))
-    monkeypatch.setattr(sys.modules[__name__], "problem", lambda params_and_ids=problem(): (params_and_ids[0], params_and_ids[1][::-1]))
+    params, ids = problem()
     with pytest.raises(ValueError, match="another training"):
-        quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"))
+        quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"), given=(params, ids[::-1]))
 
 
-def test_parameters_that_are_whole_numbers_stay(monkeypatch):
+def test_parameters_that_are_whole_numbers_stay():
     params, ids = problem()
     counted = {"params": params["params"] | {"count": jnp.array(3)}}
-    monkeypatch.setattr(sys.modules[__name__], "problem", lambda: (counted, ids))
-    model, _ = quantized(solvers.distilled(features, dataclasses.replace(QUICK, num_steps=2)), Ternary("per_tensor"))
+    model, _ = quantized(solvers.distilled(features, dataclasses.replace(QUICK, num_steps=2)), Ternary("per_tensor"), given=(counted, ids))
     assert model.params["params"]["count"] == 3 and model.params["params"]["count"].dtype == jnp.int32
 
 

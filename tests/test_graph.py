@@ -437,5 +437,6 @@ def test_a_map_over_the_examples_is_one_op_at_any_batch_size(size):
 def test_channels_of_a_tall_weight_in_float16_are_found():
     shape = 66_000, 2  # float16 counts to 65,504
     for dtype, cast in ((jnp.float16, jnp.float16), (jnp.float32, jnp.float16)):
-        graph = brecq_jax.trace(lambda p, x, cast=cast: x @ p["w"].astype(cast).T, {"w": jax.ShapeDtypeStruct(shape, dtype)}, jax.ShapeDtypeStruct((1, 2), cast))
+        weight, inputs = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((1, 2), cast)
+        graph = brecq_jax.trace(lambda p, x, cast=cast: x @ p["w"].astype(cast).T, {"w": weight}, inputs)
         assert graph.weights["w"].channel_axes == (0,)

@@ -94,7 +94,7 @@ SMALL = {
     "digits_lapq": ["--config.iterations=1", "--config.calibration=32", "--config.method=lapq+adaround", "--config.num_steps=5"],
     "embeddings": ["--config.num_steps=20"],
     "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
-    "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
+    "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.step_examples=4", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
     "minilm": ["--config.num_steps=2", "--config.calibration=16", "--config.evaluation=8", "--config.length=8", "--config.group_size=16", "--config.act_group=16"],
     "mixed_precision": ["--config.base=digits_w4a8 --config.num_steps=5", "--config.act_choices=4,8", "--config.examples=32", "--config.bops=2e7"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],

@@ -87,7 +87,7 @@ def load_program(path: str | pathlib.Path) -> jax_export.Exported:
     oldest, newest = jax_export.minimum_supported_calling_convention_version, jax_export.maximum_supported_calling_convention_version
     if not oldest <= exported.calling_convention_version <= newest:
         raise ValueError(
-            f"load_program: {path} has calling convention {exported.calling_convention_version}, and jax {jax.__version__} reads {oldest} to {newest}. "
-            "Export the model again, or take the jax that wrote it."
+            f"load_program: {path} has calling convention {exported.calling_convention_version}, and jax {jax.__version__} reads "
+            f"{oldest} to {newest}. Export the model again, or take the jax that wrote it."
         )
     return exported

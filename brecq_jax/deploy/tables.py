@@ -198,7 +198,10 @@ def _planes(format: RowFormat, width: int, rows: UInt8[Array, "rows bytes"], poi
 
 
 def _bags_on_host(table: PackedTable, ids, offsets, weights) -> Float32[np.ndarray, "bags width"]:
-    """Sums of pieces of bags side by side: of all bags the first piece, then the second, the longest first; what no piece has is row 0 with weight 0."""
+    """Sums of pieces of bags side by side: of all bags the first piece, then the second, the longest first.
+
+    What no piece has is row 0 with weight 0.
+    """
     _check_ids(table, ids)
     sums = _aligned((len(offsets), table.width), np.float32)
     sums[:] = 0

@@ -48,6 +48,11 @@ class Sparq:
             raise ValueError(f"Sparq: {self.shifts!r} shifts are not evenly spaced from 0 to {CODE_BITS - self.window}; write one of {options}.")
 
     @property
+    def bits(self) -> int:
+        """Of the codes, however many of them are read."""
+        return CODE_BITS
+
+    @property
     def base(self) -> Uniform:
         """The 8-bit format of the codes."""
         return Uniform(CODE_BITS, granularity="per_tensor", ranges=self.ranges)

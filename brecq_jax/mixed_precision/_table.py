@@ -9,7 +9,7 @@ import numpy as np
 
 from brecq_jax._graph import Graph
 from brecq_jax._plan import Activation, Plan, Rules, describe, make_plan, size_bits
-from brecq_jax.formats import Format, Sparq
+from brecq_jax.formats import Format
 from brecq_jax.mixed_precision.costs import FLOAT_BITS, Latency, latency_of, macs
 from brecq_jax.mixed_precision.sensitivities import READS, Sensitivities, decision
 
@@ -117,10 +117,6 @@ def _rest(rules: Rules, choices) -> Format | Activation | None:
     return rules if rules is not None and not isinstance(rules, Mapping) else choices[-1] if choices else None
 
 
-def _bits(format: Format | Activation | None) -> int:
-    return FLOAT_BITS if format is None else format.base.bits if isinstance(format, Sparq) else format.bits
-
-
 def _names(rules: Rules, name: str) -> bool:
     return isinstance(rules, Mapping) and any(re.fullmatch(pattern, name) for pattern in rules)
 
@@ -134,14 +130,14 @@ def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str
         if op.kind == "embed":
             continue
         own, read = decision(graph, op.weight), READS + op.site
-        bits = [[_bits(f) for f in formats[n]] for n in (own, read)]
+        bits = [[f.bits if f else FLOAT_BITS for f in formats[n]] for n in (own, read)]
         pair = (at[own], at[read])
         terms["bops"].append(Term(pair, macs(graph, op) * np.outer(*bits).astype(float)))
         if latency is not None:
             terms["latency_us"].append(Term(pair, np.array([[latency_of(latency, op.name, w, a) for a in bits[1]] for w in bits[0]])))
     for product in graph.products:
         pair = [READS + factor.site for factor in (product.factors[0], product.factors[-1])]
-        bits = [[_bits(f) for f in formats[n]] for n in pair]
+        bits = [[f.bits if f else FLOAT_BITS for f in formats[n]] for n in pair]
         values = macs(graph, product) * np.outer(*bits).astype(float)
         same = pair[0] == pair[1]
         terms["bops"].append(Term((at[pair[0]],), np.diag(values)) if same else Term((at[pair[0]], at[pair[1]]), values))

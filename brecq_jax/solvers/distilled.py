@@ -133,11 +133,14 @@ class _Training:
         self.data = jax.tree.map(jnp.asarray, problem.inputs)
         self.train, self.judge = split_examples(problem.count)
         self.infos, self.done = [], 0
-        made_of = digest(repr((settings, problem.plan.weights, problem.plan.activations)), *(jax.tree.leaves(t) for t in (problem.params, problem.inputs)), key)
+        arrays = jax.tree.leaves((problem.params, problem.inputs))
+        made_of = digest(settings, problem.plan.weights, problem.plan.activations, arrays, key)
         self.made_of = np.frombuffer(bytes.fromhex(made_of), np.uint8)
         self.kept = keep.latest() if keep else None
         if self.kept and not np.array_equal(self.kept[1][0], self.made_of):
-            raise ValueError("distilled: `keep` has the state of another training (settings, plan, parameters, data or key). Give a new folder, or remove it.")
+            raise ValueError(
+                "distilled: `keep` has the state of another training (settings, plan, parameters, data or key). Give a new folder, or remove it."
+            )
         shapes = jax.eval_shape(features, problem.params, jax.tree.map(lambda a: a[:1], self.data))
         if not isinstance(shapes, Mapping) or set(shapes) != {"hidden", "scores", "logits"}:
             raise ValueError('distilled: features gives something else than {"hidden": [...], "scores": [...], "logits": array}. Give all three.')

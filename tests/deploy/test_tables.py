@@ -85,10 +85,10 @@ def test_bags_and_lookups_take_what_they_say(place):
     whole = deploy.pack_table(table(), RowUniform(4))
     mine, rows, ids, offsets = place(whole), np.asarray(deploy.lookup(whole, np.arange(50))), [3, 49, 0, 3], [0, 3]
     expected = [rows[3] + rows[49] + rows[0], rows[3]]
-    for kind in (list, np.uint64, np.uint8, jnp.array):
-        bags = deploy.embedding_bag(mine, *(a if kind is list else np.array(a).astype(kind) if kind is not jnp.array else jnp.array(a) for a in (ids, offsets)))
-        np.testing.assert_allclose(bags, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(deploy.embedding_bag(mine, ids, offsets, jnp.full(4, 0.5, jnp.bfloat16)), np.multiply(expected, 0.5), rtol=1e-5, atol=1e-6)
+    for made in (list, np.uint64, np.uint8, jnp.array):
+        np.testing.assert_allclose(deploy.embedding_bag(mine, made(ids), made(offsets)), expected, rtol=1e-5, atol=1e-6)
+    halves = deploy.embedding_bag(mine, ids, offsets, jnp.full(4, 0.5, jnp.bfloat16))
+    np.testing.assert_allclose(halves, np.multiply(expected, 0.5), rtol=1e-5, atol=1e-6)
     inside = jax.jit(lambda s: deploy.embedding_bag(mine, np.array(ids), np.array(offsets)) * s)(2.0)
     np.testing.assert_allclose(inside, np.multiply(expected, 2), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(deploy.embedding_bag(mine, [], [0, 0]), np.zeros((2, 21)))
