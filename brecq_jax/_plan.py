@@ -1,6 +1,7 @@
 """The decision that joins program and numbers: which format each weight and each activation gets."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -314,6 +315,10 @@ def size_bits(weight: Weight, format: Format | None) -> int:
         return weight.float_bits
     size = math.prod(weight.shape)
     channels = math.prod(weight.shape[a] for a in weight.channel_axes)
-    rows = jax.ShapeDtypeStruct((channels, size // max(channels, 1)), jnp.float32)
-    grid = jax.eval_shape(format.fit, rows)
-    return format.storage_bits(rows, grid)
+    return _stored_bits(format, channels, size // max(channels, 1))
+
+
+@functools.cache  # a network has few shapes, and each is traced
+def _stored_bits(format: Format, channels: int, elements: int) -> int:
+    rows = jax.ShapeDtypeStruct((channels, elements), jnp.float32)
+    return format.storage_bits(rows, jax.eval_shape(format.fit, rows))

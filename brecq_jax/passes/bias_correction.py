@@ -4,11 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from brecq_jax._graph import leaf_names
 from brecq_jax._model import Quantized
-from brecq_jax._qarray import QArray, is_qarray, to_rows
+from brecq_jax._qarray import QArray, float_rows, is_qarray, to_rows
 from brecq_jax.formats import Uniform, mean_corrected
 
 
@@ -36,6 +35,6 @@ def correct_means(params: Any, quantized: Quantized) -> Quantized:
 def _corrected(name: str, array: QArray, weight: jax.Array) -> QArray:
     if not isinstance(array.format, Uniform):
         raise ValueError(f"correct_means: {name} is in {array.format}. Means are corrected by zero points, which Uniform and Affine have.")
-    rows = to_rows(weight.astype(jnp.float32), array.channel_axes)
+    rows = float_rows(weight, array.channel_axes)
     format, grid = mean_corrected(array.format, to_rows(array.codes, array.channel_axes), array.grid, rows)
     return dataclasses.replace(array, format=format, grid=grid)

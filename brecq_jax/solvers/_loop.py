@@ -76,7 +76,7 @@ def loop(
     mesh, on_cpu = static.mesh, jax.default_backend() == "cpu"
     chunk = SHARED_CPU_CHUNK if mesh and on_cpu else CHUNK
     variables, fixed, key = everywhere(mesh, (variables, fixed, key))
-    state = (variables, everywhere(mesh, optimizer(static).init(variables)))
+    state = (variables, everywhere(mesh, _started(static, variables)))
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
     done = 0
     for stop in stops:
@@ -106,6 +106,11 @@ def optimizer(static: Static) -> optax.GradientTransformation:
         "steps": lambda: optax.cosine_decay_schedule(settings.act_learning_rate, static.steps),
     }
     return optax.multi_transform({k: optax.adam(schedules[k]()) for k in static.kinds}, {k: k for k in static.kinds})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _started(static, variables):
+    return optimizer(static).init(variables)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

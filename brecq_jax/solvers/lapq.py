@@ -16,7 +16,7 @@ from brecq_jax._calibrate import Hooks, forward, observe, run_local
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._interpret import param_values, whole
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import QArray, from_rows, to_rows
+from brecq_jax._qarray import QArray, float_rows, from_rows
 from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
@@ -145,7 +145,7 @@ def _wider(net: _Net, octaves, grids):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 4))
 def _nearest(weight, format: ScalarFormat, channel_axes: tuple[int, ...], grid: Grid, correct_means: bool) -> QArray:
-    rows = to_rows(weight.astype(jnp.float32), channel_axes)
+    rows = float_rows(weight, channel_axes)
     codes = format.encode(rows, grid)
     if correct_means:
         format, grid = mean_corrected(format, codes, grid, rows)
@@ -196,7 +196,7 @@ class _Search:
                 if self.settings.correct_means and not isinstance(q.format, Uniform):
                     raise ValueError(f"lapq: correct_means moves zero points, which {op.weight} in {q.format} has not; leave it out.")
                 self.names[slot], self.params[slot], self.grids["weight", slot] = op.weight, floats[slot], q.grid
-                self.rows["weight", slot] = q.format, to_rows(floats[slot].astype(jnp.float32), q.channel_axes), None
+                self.rows["weight", slot] = q.format, float_rows(floats[slot], q.channel_axes), None
                 written.append((slot, q.format, q.channel_axes))
                 tensors.append(("weight", slot))
             site = ("reads", block.sites.index(op.site)) if op.site in block.sites else None

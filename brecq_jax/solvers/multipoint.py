@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import from_rows, quantize_array, to_rows
+from brecq_jax._qarray import float_rows, from_rows, quantize_array
 from brecq_jax.formats import Multipoint
 from brecq_jax.solvers import _quadratic
 from brecq_jax.solvers._solver import Info, Solver
@@ -60,7 +60,7 @@ def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:
         batches = (walk.rough.inputs(block, walk.train[start : start + size]) for start in starts)
         keep = -(-ROWS // len(starts))
         grams = [_quadratic.gram(block.program, number, keep, batch, params, list(block.constants)) for batch in batches]
-        rows = to_rows(floats[local.weight].astype(jnp.float32), q.channel_axes)
+        rows = float_rows(floats[local.weight], q.channel_axes)
         codes, grid = _fit(q.format, rows, sum(grams) / len(grams))
         found[op.weight] = dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes), grid=grid)
         params[local.weight] = found[op.weight].decode()

@@ -13,7 +13,7 @@ import numpy as np
 from brecq_jax._calibrate import learned_outputs
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import to_rows
+from brecq_jax._qarray import float_rows
 from brecq_jax._sharding import AXIS, spread
 from brecq_jax.solvers._loop import Batch, Static, Tail, loop, own_variables
 from brecq_jax.solvers._roundings import RectifiedSigmoid, Rounding
@@ -106,7 +106,7 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     slots = {op.weight: local.weight for op, local in zip(block.ops, block.program.ops, strict=True)} if weights else {}
     slots = {name: slot for name, slot in slots.items() if name in unit.weights}
     guesses = {slot: current.weight(walk.graph.weights[name]) for name, slot in slots.items()}
-    rows = {slot: to_rows(floats[slot].astype(jnp.float32), q.channel_axes) for slot, q in guesses.items()}
+    rows = {slot: float_rows(floats[slot], q.channel_axes) for slot, q in guesses.items()}
     variables, fixed = {}, {}
     for slot, q in guesses.items():
         own, fixed[slot] = rounding.start(q, rows[slot])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import from_rows, to_rows
+from brecq_jax._qarray import float_rows, from_rows, to_rows
 from brecq_jax.solvers import _lattice, _quadratic
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk
@@ -62,7 +62,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
         q = current.weight(walk.graph.weights[op.weight])
         to = _quadratic.reach(block.program, number, types, block.constants)
         keep = -(-settings.rows // len(starts))
-        weight = to_rows(floats[local.weight].astype(jnp.float32), q.channel_axes)
+        weight = float_rows(floats[local.weight], q.channel_axes)
         found, grid = q.format.decode(to_rows(q.codes, q.channel_axes), q.grid), q.grid
         for _ in range(settings.rounds):
             total = None
