@@ -280,6 +280,14 @@ class _Reader:
         Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
         the operand, that index does not change along the other axes.
         """
+        order, value = list(range(self.flat.types[weight].ndim)), weight
+        while value != root and value in self.maker and self.maker[value].primitive in ("transpose", "convert_element_type"):
+            (made_of,) = self.maker[value].inputs
+            if self.maker[value].primitive == "transpose":
+                order = [self.maker[value].params["permutation"][a] for a in order]
+            value = made_of
+        if value == root:  # no array as large as a language model's head need be made
+            return tuple(sorted(order[a] for a in axes))
         shape = self.flat.types[root].shape
         others = tuple(a for a in range(self.flat.types[weight].ndim) if a not in axes)
         found = []

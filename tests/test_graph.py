@@ -421,6 +421,12 @@ def test_output_channels_are_followed_through_flips_transposes_and_slices():
     assert {n: w.channel_axes for n, w in graph.weights.items()} == {"conv": (1,), "both": (0,), "flipped": (1,)}
 
 
+def test_channels_of_a_transposed_head_are_found_without_an_array_of_its_size():
+    head, x = jax.ShapeDtypeStruct((10**6, 10**6), jnp.float32), jax.ShapeDtypeStruct((2, 10**6), jnp.float32)
+    graph = brecq_jax.trace(lambda p, x: x @ p["head"].astype(jnp.bfloat16).T.astype(x.dtype), {"head": head}, x)
+    assert graph.weights["head"].channel_axes == (0,)
+
+
 @pytest.mark.parametrize("size", [None, 2])
 def test_a_map_over_the_examples_is_one_op_at_any_batch_size(size):
     def f(params, x):
