@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import float_rows, from_rows, to_rows
+from brecq_jax._qarray import QArray, float_rows, from_rows, to_rows
 from brecq_jax.solvers import _lattice, _quadratic
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk
@@ -63,7 +63,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
         to = _quadratic.reach(block.program, number, types, block.constants)
         keep = -(-settings.rows // len(starts))
         weight = float_rows(floats[local.weight], q.channel_axes)
-        found, grid = q.format.decode(to_rows(q.codes, q.channel_axes), q.grid), q.grid
+        found, grid = _points(q), q.grid
         for _ in range(settings.rounds):
             total = None
             for start in starts:
@@ -71,14 +71,29 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
                 arguments = walk.rough.inputs(block, rows), params, walk.exact.inputs(block, rows), floats, list(block.constants), grids
                 part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments)
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
-            gram, cross, count = total
-            found, grid = _searched(q.format, settings.damping, gram / count, cross / count, grid, weight, found)
-            params[local.weight] = from_rows(found, q.shape, q.channel_axes).astype(q.dtype)
+            found, grid = _searched(q.format, settings.damping, *_means(*total), grid, weight, found)
+            params[local.weight], learned[op.weight] = _written(q, found, grid)
             if math.isinf(to.low):
                 break
-        codes = q.format.encode(found, grid)
-        learned[op.weight] = dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes), grid=grid)
     return current.with_weights(learned, walk.graph)
+
+
+@jax.jit
+def _points(q: QArray):
+    """The rows that the codes say."""
+    return q.format.decode(to_rows(q.codes, q.channel_axes), q.grid)
+
+
+@jax.jit
+def _means(gram, cross, count):
+    return gram / count, cross / count
+
+
+@jax.jit
+def _written(q: QArray, found, grid):
+    """(the weight with the rows `found`, what stands for it)."""
+    weight, codes = (from_rows(rows, q.shape, q.channel_axes) for rows in (found, q.format.encode(found, grid)))
+    return weight.astype(q.dtype), dataclasses.replace(q, codes=codes, grid=grid)
 
 
 def _searched(format, damping: float, *arrays):
