@@ -280,13 +280,8 @@ class _Reader:
         Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
         the operand, that index does not change along the other axes.
         """
-        order, value = list(range(self.flat.types[weight].ndim)), weight
-        while value != root and value in self.maker and self.maker[value].primitive in ("transpose", "convert_element_type"):
-            (made_of,) = self.maker[value].inputs
-            if self.maker[value].primitive == "transpose":
-                order = [self.maker[value].params["permutation"][a] for a in order]
-            value = made_of
-        if value == root:  # no array as large as a language model's head need be made
+        order = self.permutation(root, weight)
+        if order:  # no array as large as a language model's head need be made
             return tuple(sorted(order[a] for a in axes))
         shape = self.flat.types[root].shape
         others = tuple(a for a in range(self.flat.types[weight].ndim) if a not in axes)
@@ -304,6 +299,18 @@ class _Reader:
             if labels.ndim <= max(others, default=-1) or np.all(np.ptp(labels, axis=others) == 0):
                 found.append(axis)
         return tuple(found)
+
+    def permutation(self, root, weight) -> list[int]:
+        """For each axis of the operand that of the parameter, where nothing but transposes lies between; else nothing."""
+        order, value = list(range(self.flat.types[weight].ndim)), weight
+        while value != root:
+            step = self.maker.get(value)
+            if step is None or step.primitive not in ("transpose", "convert_element_type"):
+                return []
+            if step.primitive == "transpose":
+                order = [step.params["permutation"][a] for a in order]
+            (value,) = step.inputs
+        return order
 
     def with_sites(self) -> tuple[tuple[Op, ...], tuple[Product, ...]]:
         """The ops, and the products of two values, with the names of what they read."""

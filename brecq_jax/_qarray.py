@@ -47,11 +47,14 @@ class QArray:
 
     def decode(self) -> Float[Array, "..."]:
         """The float array: original shape and dtype."""
+        return from_rows(self.decode_rows(), self.shape, self.channel_axes).astype(self.dtype)
+
+    def decode_rows(self) -> Float[Array, "channels elements"]:
+        """The float rows that codes and grid say, before shape and dtype."""
         codes, grid = to_rows(self.codes, self.channel_axes), self.grid
         if isinstance(grid, Grid | TernaryGrid | BinaryGrid) and 1 < grid.scale.shape[0] < codes.shape[0]:  # a stack whose slices have one grid each
             grid = jax.tree.map(lambda g: jnp.repeat(g, codes.shape[0] // g.shape[0], 0), grid)
-        rows = self.format.decode(codes, grid)
-        return from_rows(rows, self.shape, self.channel_axes).astype(self.dtype)
+        return self.format.decode(codes, grid)
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)

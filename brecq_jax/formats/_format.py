@@ -5,6 +5,7 @@ caller's work (`brecq_jax._qarray.to_rows`), so nothing here knows of kernels, l
 """
 
 import abc
+import functools
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -63,6 +64,7 @@ class ScalarFormat(Format):
     def of_group(self) -> "ScalarFormat":
         """The format of one group of elements as a row of its own: the same points, and nothing shared."""
 
+    @functools.partial(jax.jit, static_argnums=0)
     def grids_near(self, grid: tuple) -> tuple:
         """Other grids (`grid_type`) for the same rows, stacked on a new first axis: what a search may try. Here other scales."""
         return jax.tree.map(lambda *g: jnp.stack(g), *(grid._replace(scale=grid.scale * f) for f in SCALES_NEAR))

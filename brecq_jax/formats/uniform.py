@@ -204,6 +204,7 @@ class Uniform(ScalarFormat):
         """The same with one scale for each row."""
         return dataclasses.replace(self, granularity="per_channel")
 
+    @functools.partial(jax.jit, static_argnums=0)
     def grids_near(self, grid: Grid) -> Grid:
         """Other scales, and each with the zero point one code to either side, unless `symmetric` fixes it."""
         scaled = super().grids_near(grid)

@@ -45,18 +45,13 @@ def search(
         best = attempt(best, full, WIDE if small else 1)
         return best[0].reshape(weight.shape), grid
     if small:
-        others = _others(format, full)
+        others = format.grids_near(full)
         for n in range(jax.tree.leaves(others)[0].shape[0]):
             best = attempt(best, jax.tree.map(lambda g: g[n], others), NARROW)
     for _ in range(RESCALES):
         best = _better(gram, cross, best, _rescale(gram, cross, best[1], best[0]))
         best = attempt(best, best[1], WIDE if small else 1)
     return best[0].reshape(weight.shape), jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), best[1])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _others(format: ScalarFormat, grid: Grid) -> Grid:
-    return format.grids_near(grid)
 
 
 def _each_group(*static: int):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
-from brecq_jax._qarray import QArray, float_rows, from_rows, to_rows
+from brecq_jax._qarray import QArray, float_rows, from_rows
 from brecq_jax.solvers import _lattice, _quadratic
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk
@@ -63,7 +63,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
         to = _quadratic.reach(block.program, number, types, block.constants)
         keep = -(-settings.rows // len(starts))
         weight = float_rows(floats[local.weight], q.channel_axes)
-        found, grid = _points(q), q.grid
+        found, grid = _decoded(q), q.grid
         for _ in range(settings.rounds):
             total = None
             for start in starts:
@@ -78,10 +78,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
     return current.with_weights(learned, walk.graph)
 
 
-@jax.jit
-def _points(q: QArray):
-    """The rows that the codes say."""
-    return q.format.decode(to_rows(q.codes, q.channel_axes), q.grid)
+_decoded = jax.jit(QArray.decode_rows)
 
 
 @jax.jit
