@@ -4,7 +4,7 @@ r"""Any other config, with the bits of each layer searched for instead of stated
         --config.base="resnet20_cifar10 --config.weights=resnet20-12fca82f.th --config.data=cifar10_jpeg --config.num_steps=300"
 
 `base` is a config beside this one with its own arguments; its weights' bits are not used, its preset is. The plan is printed before work
-starts. Sensitivities are measured once for each file given.
+starts. Sensitivities and latencies are measured once for each file given.
 """
 
 import dataclasses
@@ -24,10 +24,12 @@ class Config:
     base: str = "digits_w4a8"
     choices: str = "2,3,4,8"  # bits of weights
     act_choices: str = ""  # bits of activations; none: as the base has them
-    average_bits: float = 3.0  # the budget: no larger than the base with so many bits everywhere, 2.5 being half-way between 2 and 3
+    average_bits: float = 3.0  # the budget: no larger than the base with so many bits everywhere, 2.5 being half-way between 2 and 3; 0: any size
     bops: float = 0.0  # and no more multiplications × weight bits × activation bits; 0: no bound
-    latency: str = ""  # a CSV (layer, weight_bits, act_bits, us) for latency_us; none: the analytic systolic array
+    latency: str = ""  # a CSV (layer, weight_bits, act_bits, us): read if it is there, else measured here and written; none: a systolic array
     latency_us: float = 0.0  # and no slower; 0: no bound
+    latency_bits: float = 0.0  # and no slower than the base with so many bits everywhere, as in average_bits; 0: no bound
+    latency_batch: int = 8  # examples of a batch whose latency is measured
     examples: int = 256  # of the calibration set, for the sensitivities
     error: str = "relative_error"  # or divergence, which weighs with the Fisher diagonal
     interactions: bool = True
@@ -42,12 +44,18 @@ class Config:
         if not self.interactions:
             sensitivities = dataclasses.replace(sensitivities, interactions={})
         graph = brecq_jax.trace(experiment.apply_fn, experiment.params, images[:2])
-        low = int(self.average_bits)
-        sizes = [brecq_jax.make_plan(graph, Uniform(min(b, 8)), None, experiment.preset).size_bits for b in (low, low + 1)]
+        table = self.latencies(experiment, images, range(int(self.latency_bits), int(self.latency_bits) + 2) if self.latency_bits else ())
+
+        def uniform(bits: float, cost: str) -> float | None:
+            """The cost of so many bits everywhere; of none there is no bound."""
+            plans = (brecq_jax.make_plan(graph, Uniform(min(b, 8)), experiment.activations, experiment.preset) for b in (int(bits), int(bits) + 1))
+            low, high = (mixed_precision.plan_costs(graph, plan, table)[cost] for plan in plans)
+            return low + (bits - int(bits)) * (high - low)
+
         budget = mixed_precision.Budget(
-            sizes[0] + (self.average_bits - low) * (sizes[1] - sizes[0]), self.bops or None, self.latency_us or None
-        )
-        table = mixed_precision.read_latency(self.latency) if self.latency else mixed_precision.SystolicArray().latency(graph)
+            uniform(self.average_bits, "size_bits") if self.average_bits else None, self.bops or None,
+            uniform(self.latency_bits, "latency_us") if self.latency_bits else self.latency_us or None,
+        )  # fmt: skip
         plan = brecq_jax.search(
             graph, sensitivities, budget, activations=experiment.activations, latency=table,
             solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact,
@@ -67,4 +75,19 @@ class Config:
         )  # fmt: skip
         if self.sensitivities:
             found.save(self.sensitivities)
+        return found
+
+    def latencies(self, experiment: Experiment, images, uniform_bits) -> mixed_precision.Latency:
+        """Of all bits that a plan or a budget may have."""
+        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, images[: self.latency_batch])
+        if not self.latency:
+            return mixed_precision.SystolicArray().latency(graph)
+        if pathlib.Path(self.latency).exists():
+            return mixed_precision.read_latency(self.latency)
+        plan = brecq_jax.make_plan(graph, Uniform(8), experiment.activations, experiment.preset)
+        weight_bits, act_bits = ({int(b) for b in bits.split(",") if b} for bits in (self.choices, self.act_choices))
+        act_bits |= {format.bits if format else mixed_precision.FLOAT_BITS for format in plan.activations.values()}
+        weight_bits |= {8, *(min(b, 8) for b in uniform_bits)}
+        found = mixed_precision.measure_latency(graph, sorted(weight_bits), sorted(act_bits), progress=False)
+        mixed_precision.write_latency(found, self.latency)
         return found

@@ -41,7 +41,7 @@ def search(
     Args:
       weights, activations: rules by name win over the search. A single format is for what is neither ruled nor measured; None: the last
         choice, or float for activations that have no choices. The preset is the one that the sensitivities were measured with.
-      latency: for `latency_us`: `SystolicArray().latency(graph)`, or `read_latency(path)`.
+      latency: for `latency_us`: `SystolicArray().latency(graph)`, `measure_latency(graph)`, or `read_latency(path)`.
       solver: `exact`, or `Genetic()`.
 
     Raises:
@@ -74,7 +74,7 @@ def _best(table: Table, budget: Budget, latency: Latency | None, solver: Callabl
     if not limits:
         raise ValueError("budget: nothing is bounded. Write Budget(size_bits=…), bops=… or latency_us=….")
     if "latency_us" in limits and latency is None:
-        raise ValueError("budget: latency_us needs a table: write latency=SystolicArray().latency(graph), or read_latency(path).")
+        raise ValueError("budget: latency_us needs a table: write latency=SystolicArray().latency(graph), measure_latency(graph) or read_latency(path).")
     for name, limit in limits.items():
         least = table.cost(name, cheapest(table, name)[None])[0]
         if least > limit:

@@ -112,6 +112,17 @@ def to_plan(table: Table, graph: Graph, choices: np.ndarray, preset: str | None)
     return make_plan(graph, weights, activations, preset)
 
 
+def plan_costs(graph: Graph, plan: Plan, latency: Latency | None = None) -> dict[str, float]:
+    """What any plan costs, in the terms of a `Budget`: size_bits, bops, and latency_us where there is a table.
+
+    Raises:
+      ValueError: the table has no entry for bits of the plan.
+    """
+    formats = {decision(graph, n): (f,) for n, f in plan.weights.items()} | {READS + n: (f,) for n, f in plan.activations.items()}
+    terms, constants = _costs(graph, {name: d for d, name in enumerate(formats)}, formats, latency)
+    return {name: constants[name] + float(sum(term.values.item() for term in own)) for name, own in terms.items() if own}
+
+
 def _rest(rules: Rules, choices) -> Format | Activation | None:
     """What is neither named by a rule nor measured gets."""
     return rules if rules is not None and not isinstance(rules, Mapping) else choices[-1] if choices else None
