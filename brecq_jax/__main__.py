@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--config", required=True, help="a file that defines a dataclass `Config` with `build()`")
     parser.add_argument("--workdir", required=True, help="a folder for model/, result.json, report.html: new, or an interrupted run's, to go on")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
+    parser.add_argument("--float-outputs", help="a folder that keeps what the float model gives while it is scored, for other runs of it")
     parser.add_argument("--devices", type=int, default=1, help="how many devices share each batch; 0: all of them")
     parser.add_argument("--process", default="", help="one of many, on all their devices: I/N@HOST:PORT for process I of 0 to N-1, "
                         "HOST:PORT that of process 0; or `auto` on a TPU pod, under SLURM or Open MPI")  # fmt: skip
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         mesh = make_mesh(known.devices, known.process)
         config = load_config(known.config, overrides)
         settings = {"config": known.config, **dataclasses.asdict(config)}
-        result = execute(config.build(), known.workdir, settings, progress=not known.quiet and jax.process_index() == 0, mesh=mesh)
+        progress = not known.quiet and jax.process_index() == 0
+        result = execute(config.build(), known.workdir, settings, progress, mesh, known.float_outputs)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"{type(error).__name__}: {error}\n")
     print(*(f"{name}: {value:.4g}" for name, value in result["figures"].items()), sep="\n")

@@ -1,6 +1,7 @@
 """What a config builds: a model, its data, and how to quantize it; and how the command line runs it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from brecq_jax import report
-from brecq_jax._journal import locked, write_whole
+from brecq_jax._journal import digest, locked, remembered, write_whole
 from brecq_jax._plan import Rules
 from brecq_jax._quantize import quantize
 from brecq_jax.deploy import save
@@ -39,11 +40,13 @@ class Experiment:
 
 
 def execute(
-    experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True, mesh: Mesh | None = None
-) -> dict[str, Any]:
+    experiment: Experiment, workdir: str | pathlib.Path, settings: dict[str, Any], progress: bool = True, mesh: Mesh | None = None,
+    float_outputs: str | pathlib.Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Quantize, evaluate and save. Writes model/, result.json, report.html and block_errors.png into a folder, by the first process alone.
 
     Given the folder of a run that was interrupted, it goes on where that stopped; unfinished/ keeps the blocks until result.json is there.
+    What the float model gives while it is scored is kept in `float_outputs`, and read from there by other runs of the same model and inputs.
 
     Raises:
       FileExistsError: the folder holds a result already, or a model that is not an interrupted run's; another process works in it.
@@ -62,7 +65,7 @@ def execute(
             bfloat16_caches=experiment.bfloat16_caches, resume=unfinished, mesh=mesh, key=jax.random.key(experiment.seed), progress=progress,
         )  # fmt: skip
         seconds = time.perf_counter() - start
-        figures = experiment.evaluate(jax.jit(lambda x: experiment.apply_fn(experiment.params, x)), quantized)
+        figures = experiment.evaluate(_float_apply(experiment, float_outputs), quantized)
         result = {
             "settings": settings,
             "figures": figures,
@@ -82,3 +85,26 @@ def execute(
             write_whole(result_file, json.dumps(result, indent=1).encode())
             shutil.rmtree(unfinished)
     return result
+
+
+def _float_apply(experiment: Experiment, folder: str | pathlib.Path | None) -> Callable:
+    """The float model, compiled; with a folder, it is not run on inputs whose outputs are there."""
+    apply = jax.jit(lambda x: experiment.apply_fn(experiment.params, x))
+    if folder is None:
+        return apply
+    model = digest(jax.__version__, jax.devices()[0].device_kind, jax.tree.leaves(experiment.params))
+
+    @functools.cache
+    def program(structure, types):
+        """(outputs' types, digest of the program) for inputs of these types."""
+        lowered = jax.jit(experiment.apply_fn).lower(experiment.params, jax.tree.unflatten(structure, types))
+        return lowered.out_info, digest(lowered.as_text())
+
+    def call(inputs):
+        leaves, structure = jax.tree.flatten(inputs)
+        if any(isinstance(a, jax.core.Tracer) for a in leaves):
+            return apply(inputs)
+        types, text = program(structure, tuple(jax.eval_shape(lambda *x: x, *leaves)))
+        return remembered(pathlib.Path(folder) / digest(model, text, leaves), types, lambda: apply(inputs))
+
+    return call

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import pathlib
 import socket
@@ -169,6 +170,22 @@ def write_whole(path: pathlib.Path, data: bytes):
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remembered(path: pathlib.Path, types: Any, compute: Callable[[], Any]) -> Any:
+    """What `compute()` gives, a tree of arrays of these types: read, if the file is there and whole; else computed, and written."""
+    kinds, tree = jax.tree.flatten(types)
+    packed = _unsealed(path.read_bytes()) if path.is_file() else None
+    if packed is None:
+        found = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
+        write_whole(mine, _sealed(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(found))))
+        mine.rename(path)
+        return found
+    ends = np.cumsum([math.prod(k.shape) * k.dtype.itemsize for k in kinds]).tolist()
+    parts = (packed[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    return jax.tree.unflatten(tree, [jnp.asarray(np.frombuffer(p, k.dtype).reshape(k.shape)) for p, k in zip(parts, kinds, strict=True)])
 
 
 def _sealed(data: bytes) -> bytes:

@@ -12,6 +12,7 @@ that seconds with `--jobs` above 1 are those of fewer cores.
 
 Compiled programs are kept in WORKDIR/compiled (or where JAX_COMPILATION_CACHE_DIR says), so that trials that differ in their seed alone compile theirs
 once: the first of each such group starts before the rest, and the seconds of those that start after its end have hardly any compilation in them.
+What the float model gives is kept in WORKDIR/float_outputs, so that it is scored once.
 """
 
 import argparse
@@ -107,7 +108,8 @@ def make_trials(config: str, workdir: pathlib.Path, fixed: Sequence[str], vary: 
         name = "_".join(f"{k}={urllib.parse.quote(v, safe='')}" for k, v in setting.items())
         if name in trials:
             raise ValueError(f"sweep: {name} comes twice. Write each value once, and each key in one --vary.")
-        command = [sys.executable, "-m", "brecq_jax", f"--config={config}", f"--workdir={workdir / name}", "--quiet", *overrides]
+        command = [sys.executable, "-m", "brecq_jax", f"--config={config}", f"--workdir={workdir / name}", "--quiet"]
+        command += [f"--float-outputs={workdir / 'float_outputs'}", *overrides]
         trials[name] = Trial(workdir / name, setting, settings, command)
     return list(trials.values())
 

@@ -36,7 +36,8 @@ CONFIG = """
                 log.write(f"{self.a}{self.b}{self.seed} ")
 
             def evaluate(float_apply, quantized_apply):
-                return {"score": 10.0 * self.a + self.seed}
+                scored = {"float": float(float_apply(inputs + self.a).sum())} if self.b == "scored" else {}
+                return {"score": 10.0 * self.a + self.seed} | scored
 
             inputs = np.ones((8, 4), np.float32)
             return Experiment({"w": jnp.eye(4)}, lambda params, x: x @ params["w"], inputs, evaluate, solver=solvers.nearest())
@@ -145,6 +146,17 @@ def test_of_trials_that_share_compiled_programs_one_goes_first(sweep, monkeypatc
     first = set((sweep.folder / "compiled").glob("*-cache"))
     sweep("--vary=a=1", "--vary=seed=1")
     assert first == set((sweep.folder / "compiled").glob("*-cache"))
+
+
+def test_the_float_model_is_scored_once_for_the_same_inputs(sweep):
+    trials = sweep("--config.b=scored", "--vary=seed=0,1", "--vary=a=1,2")
+    kept = sorted((sweep.folder / "float_outputs").iterdir())
+    assert len(kept) == 2  # one for each a, whose inputs differ
+    assert [t.result()["figures"]["float"] for t in trials] == [64.0, 96.0, 64.0, 96.0]
+    kept[0].write_bytes(b"damaged" + kept[0].read_bytes())
+    trials = sweep("--config.b=scored", "--vary=seed=2", "--vary=a=1,2")
+    assert [t.result()["figures"]["float"] for t in trials] == [64.0, 96.0]
+    assert sorted((sweep.folder / "float_outputs").iterdir()) == kept
 
 
 def test_results_of_other_settings_are_not_taken_for_these(sweep, capsys):
