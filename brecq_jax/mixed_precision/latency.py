@@ -49,7 +49,7 @@ def measure_latency(
     needed, measured, found = needed_steps(graph, graph.flat.outputs), {}, {}
     with bar(progress) as show:
         for number, op in enumerate(ops):
-            block = make_block(graph, op.name, op.step, op.step + 1, graph.flat.outputs, needed)
+            block = make_block(graph, op.name, op.step, op.step + 1, graph.flat.steps[op.step].outputs, needed)
             if block.program not in measured:
                 measured[block.program] = _measure(graph, op, block, pairs, rounds)
             found |= {(op.name, *pair): us / batch_size(graph) for pair, us in measured[block.program].items()}

@@ -16,7 +16,7 @@ def stack(params, x):
     x = jnp.tile(jax.nn.relu(x @ params["small"]), 64)
     x = jax.nn.relu(jax.nn.relu(x @ params["wide0"]) @ params["wide1"])
     image = x.reshape(-1, 8, 8, 16)
-    return jax.lax.conv_general_dilated(
+    return x, jax.lax.conv_general_dilated(
         image, params["depthwise"].transpose(1, 2, 3, 0), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=16
     )
 
