@@ -239,14 +239,24 @@ def quantize_hooks(
 
 
 def site_hooks(program: BlockProgram, quantize: Callable[[int, jax.Array], jax.Array], whole_values: bool) -> dict:
-    """Hooks of `run` that call `quantize(site, x)` on whole values, or on what ops read of them."""
+    """Hooks of `run` that call `quantize(site, x)` on whole values, or on what ops read of them.
+
+    A value of whole numbers, as pixels, can hold no grid's points: there ops alone read them.
+    """
+    whole_numbers: set[int] = set()
+
+    def on_value(site: int, x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            whole_numbers.add(site)
+            return x
+        return quantize(site, x)
 
     def on_input(number: int, x):
         read = program.reads[number]
-        inside = whole_values and read.site >= 0 and program.sites[read.site] >= 0
+        inside = whole_values and read.site >= 0 and program.sites[read.site] >= 0 and read.site not in whole_numbers
         return x if read.site < 0 or inside else quantize(read.site, x)
 
-    return {"on_input": on_input, "on_value": quantize} if whole_values else {"on_input": on_input}
+    return {"on_input": on_input, "on_value": on_value} if whole_values else {"on_input": on_input}
 
 
 def dropped(probability: float, key: jax.Array, x: jax.Array, rounded: jax.Array) -> jax.Array:

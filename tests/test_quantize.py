@@ -338,3 +338,21 @@ def test_settings_have_one_home():
     names = [{f.name for f in dataclasses.fields(home)} for home in homes]
     assert {"num_steps", "learning_rate", "batch_size"} <= names[0] and {"regularizer", "warmup", "beta"} <= names[1]
     assert not names[0] & names[1] and not names[0] & names[2]
+
+
+def test_pixels_are_quantized_where_they_are_read():
+    """A rule of its own for an input of whole numbers, under a preset that quantizes whole values: its points are no whole numbers."""
+    draw = np.random.default_rng(0)
+    params = {"first": draw.normal(size=(12, 8)).astype(np.float32), "last": draw.normal(size=(8, 4)).astype(np.float32)}
+    pixels = draw.integers(0, 256, (64, 12), np.uint8)
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x.astype(jnp.float32) @ params["first"]) @ params["last"]
+
+    rules = {"first": Uniform(4), ".*": None}
+    quantized = brecq_jax.quantize(params, apply_fn, pixels, weights={"last": Uniform(8)}, activations=rules, preset="brecq", solver=solvers.nearest(), progress=False)
+    grid = jax.tree.map(jnp.squeeze, quantized.activations["first"])
+    codes = jnp.clip(jnp.round(pixels / grid.scale) + grid.zero_point, 0, 15)
+    assert not np.allclose(grid.scale, jnp.round(grid.scale))
+    wanted = apply_fn(quantized.dequantized(), (codes - grid.zero_point) * grid.scale)
+    np.testing.assert_allclose(quantized(pixels), wanted, rtol=1e-5, atol=1e-3)
