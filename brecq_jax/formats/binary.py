@@ -72,8 +72,9 @@ class Ternary(ScalarFormat):
         return TernaryGrid(scale, jnp.ones_like(scale), threshold[..., None])
 
     def encode(self, rows: Float[Array, "channels elements"], grid: TernaryGrid) -> UInt8[Array, "channels elements"]:
-        """1 + sign(w) where |w| > threshold, else 1."""
-        return (1 + jnp.sign(rows) * (jnp.abs(rows) > grid.threshold[..., 0])).astype(jnp.uint8)
+        """1 + sign(w) where |w| > threshold, else 1. A point is itself even where a solver moved the scale below the threshold."""
+        size = jnp.abs(rows)
+        return (1 + jnp.sign(rows) * ((size > grid.threshold[..., 0]) | (size >= grid.scale[..., 0]))).astype(jnp.uint8)
 
     def decode(self, codes: Num[Array, "channels elements"], grid: TernaryGrid) -> Float32[Array, "channels elements"]:
         """scale · (code − 1). Float codes are points between the points."""

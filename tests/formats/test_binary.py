@@ -114,6 +114,15 @@ def test_the_plan_names_it_and_a_preset_keeps_first_and_last_layer_at_eight_bits
     assert {type(quantized.params[name].format) for name in ("w0", "w2")} == {Uniform}
 
 
+def test_points_are_themselves_where_a_solver_made_the_scale_smaller_than_the_threshold():
+    grid = Ternary().fit(jnp.array([[1.0, -1.0, 0.1, 0.0]]))
+    smaller = grid._replace(scale=grid.scale / 2)  # 0.5, and the threshold 0.3675
+    assert Ternary().encode(jnp.array([[0.5, -0.5, 0.36, 0.0]]), smaller).tolist() == [[2, 0, 1, 1]]
+    smallest = grid._replace(scale=grid.scale / 8)
+    codes = jnp.array([[2, 0, 1, 1]], jnp.uint8)
+    assert jnp.array_equal(Ternary().encode(Ternary().decode(codes, smallest), smallest), codes)
+
+
 @pytest.mark.parametrize("format", [Ternary("per_tensor"), Binary(granularity="per_tensor"), Binary(2, "per_tensor")], ids=str)
 def test_layers_of_a_stack_have_their_own_scales(format):
     params = {"w": jax.random.normal(jax.random.key(0), (3, 8, 8)) * jnp.array([1.0, 2.0, 4.0])[:, None, None]}
