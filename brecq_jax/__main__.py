@@ -103,6 +103,8 @@ def _parse(name: str, text: str, kind: Any) -> Any:
         if text.lower() in WORDS.get(one, ()):
             return WORDS[one][text.lower()]
     for one in kinds:
+        if get_origin(one) is tuple:
+            return tuple(_parse(name, part, get_args(one)[0]) for part in text.split(",") if part)
         if one not in WORDS:
             with contextlib.suppress(ValueError):
                 return one(text)

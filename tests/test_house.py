@@ -227,3 +227,11 @@ def test_a_workdir_with_a_result_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([f"--config={ROOT / 'configs/digits_w4a8.py'}", f"--workdir={tmp_path}", "--quiet"])
     assert "exists" in capsys.readouterr().err
+
+
+def test_a_tuple_in_a_config_is_written_with_commas(tmp_path):
+    (tmp_path / "config.py").write_text("import dataclasses\n\n\n@dataclasses.dataclass\nclass Config:\n    sizes: tuple[int, ...] = (1,)\n")
+    assert load_config(str(tmp_path / "config.py"), ["--config.sizes=4,16"]).sizes == (4, 16)
+    assert load_config(str(tmp_path / "config.py"), ["--config.sizes="]).sizes == ()
+    with pytest.raises(ValueError, match="sizes=four: write a value of type int"):
+        load_config(str(tmp_path / "config.py"), ["--config.sizes=4,four"])
