@@ -18,14 +18,15 @@ FEW = 16  # channels. XLA:CPU has no int8 kernel for a convolution with no more 
 VERY_FEW = 8  # input channels, below which patches and one matrix product were faster than a wider kernel
 
 
-def dot(step: Step, x, w, data_position: int):
-    """The dot_general of a step, of int8 codes to int32."""
+def dot(step: Step, x, w, data_position: int, weight_zero=None):
+    """The dot_general of a step, of int8 codes to int32: Σ x·w, or Σ x·(w − weight_zero)."""
     operands = (x, w) if data_position == 0 else (w, x)
-    return jax.lax.dot_general(*operands, step.params["dimension_numbers"], preferred_element_type=jnp.int32)
+    sums = jax.lax.dot_general(*operands, step.params["dimension_numbers"], preferred_element_type=jnp.int32)
+    return less_zero(sums, weight_zero, step, x, data_position, w.shape)
 
 
-def conv(step: Step, x, w):
-    """The convolution of a step, of int8 codes that are padded already, to int32."""
+def conv(step: Step, x, w, weight_zero=None):
+    """The convolution of a step, of int8 codes that are padded already, to int32: Σ x·w, or Σ x·(w − weight_zero)."""
     p = step.params
     dims, groups, strides, dilation = p["dimension_numbers"], p["feature_group_count"], p["window_strides"], p["rhs_dilation"]
 
@@ -45,16 +46,23 @@ def conv(step: Step, x, w):
         return sums.reshape(*columns[0].shape[:3], -1)
 
     def shifted(x, w):
-        columns = _columns(x, w, strides, dilation)
-        return sum(column.astype(jnp.int32) * w[i, j, 0].astype(jnp.int32) for (i, j), column in columns)
+        columns, weights = _columns(x, w, strides, dilation), w.astype(jnp.int32)
+        weights = weights if weight_zero is None else weights - weight_zero.reshape(-1)
+        return sum(column.astype(jnp.int32) * weights[i, j, 0] for (i, j), column in columns)
 
-    if (dims.lhs_spec, dims.rhs_spec, dims.out_spec) != NHWC:
-        return native(x, w)
-    if groups == x.shape[-1] == w.shape[-1] > 1:
-        return jax.lax.platform_dependent(x, w, cpu=shifted, default=native)
-    if groups == 1 and max(w.shape[2:]) <= FEW:
-        return jax.lax.platform_dependent(x, w, cpu=patches if w.shape[2] < VERY_FEW else wider, default=native)
-    return native(x, w)
+    nhwc = (dims.lhs_spec, dims.rhs_spec, dims.out_spec) == NHWC
+    if nhwc and groups == x.shape[-1] == w.shape[-1] > 1:
+        return jax.lax.platform_dependent(x, w, cpu=shifted, default=lambda x, w: less_zero(native(x, w), weight_zero, step, x, 0, w.shape))
+    if nhwc and groups == 1 and max(w.shape[2:]) <= FEW:
+        sums = jax.lax.platform_dependent(x, w, cpu=patches if w.shape[2] < VERY_FEW else wider, default=native)
+    else:
+        sums = native(x, w)
+    return less_zero(sums, weight_zero, step, x, 0, w.shape)
+
+
+def less_zero(sums, weight_zero, step: Step, x, data_position: int, kernel_shape: tuple[int, ...]):
+    """Σ x·(w − zero) = Σ x·w − zero · Σ x; `weight_zero` is shaped as an output, or None."""
+    return sums if weight_zero is None else sums - weight_zero * window_sums(step, x, data_position, kernel_shape)
 
 
 def window_sums(step: Step, x, data_position: int, kernel_shape: tuple[int, ...]):

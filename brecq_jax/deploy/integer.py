@@ -228,15 +228,16 @@ def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integ
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
     w, codes_of, itself = weight_codes(reading, op, weight), functools.partial(weight_codes, reading, op), _reads_itself(reading.graph, op)
+    weight_zero = arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
     if op.kind == "conv":
         x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
-        sums = tiled_conv(step, packed, lambda tile: _integer_ops.conv(step, x, codes_of(tile))) if itself else None
-        sums = _integer_ops.conv(step, x, w) if sums is None else sums
+        tiled = tiled_conv(step, packed, lambda tile: _integer_ops.conv(step, x, codes_of(tile))) if itself else None
+        sums = _integer_ops.conv(step, x, w, weight_zero) if tiled is None else tiled
     else:
-        sums = tiled_dot(step, x, packed, op.data_position, codes_of, jnp.int32) if itself else None
-        sums = _integer_ops.dot(step, x, w, op.data_position) if sums is None else sums
-    if weight.format.bits == 8 and not weight.format.symmetric:
-        sums -= arrays["weight_zero"] * _integer_ops.window_sums(step, x, op.data_position, w.shape)
+        tiled = tiled_dot(step, x, packed, op.data_position, codes_of, jnp.int32) if itself else None
+        sums = _integer_ops.dot(step, x, w, op.data_position, weight_zero) if tiled is None else tiled
+    if tiled is not None:
+        sums = _integer_ops.less_zero(sums, weight_zero, step, x, op.data_position, w.shape)
     if bits == 8:
         sums += arrays["offset"]
     y = sums.astype(jnp.float32) * arrays["scale"] + arrays["bias"]
