@@ -37,17 +37,18 @@ class Config:
     sensitivities: str = ""  # a file: read if it is there, else written
 
     def build(self) -> Experiment:
+        if self.latency_us and self.latency_bits:
+            raise ValueError("Give --config.latency_us or --config.latency_bits: each bounds the latency.")
         name, *overrides = shlex.split(self.base)
         experiment = load_config(str(pathlib.Path(__file__).parent / f"{name}.py"), overrides).build()
-        images = jax.tree.map(lambda a: a[: self.examples], experiment.calib_ds)
-        sensitivities = self.measured(experiment, images)
+        sensitivities = self.measured(experiment)
         if not self.interactions:
             sensitivities = dataclasses.replace(sensitivities, interactions={})
-        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, images[:2])
-        table = self.latencies(experiment, images, range(int(self.latency_bits), int(self.latency_bits) + 2) if self.latency_bits else ())
+        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, 2))
+        table = self.latencies(experiment, range(int(self.latency_bits), int(self.latency_bits) + 2) if self.latency_bits else ())
 
-        def uniform(bits: float, cost: str) -> float | None:
-            """The cost of so many bits everywhere; of none there is no bound."""
+        def uniform(bits: float, cost: str) -> float:
+            """The cost of so many bits everywhere."""
             plans = (brecq_jax.make_plan(graph, Uniform(min(b, 8)), experiment.activations, experiment.preset) for b in (int(bits), int(bits) + 1))
             low, high = (mixed_precision.plan_costs(graph, plan, table)[cost] for plan in plans)
             return low + (bits - int(bits)) * (high - low)
@@ -62,7 +63,7 @@ class Config:
         )  # fmt: skip
         return dataclasses.replace(experiment, **plan.rules)
 
-    def measured(self, experiment: Experiment, images) -> mixed_precision.Sensitivities:
+    def measured(self, experiment: Experiment) -> mixed_precision.Sensitivities:
         if self.sensitivities and pathlib.Path(self.sensitivities).exists():
             return mixed_precision.Sensitivities.load(self.sensitivities)
         weights, activations = ([Uniform(int(b)) for b in bits.split(",") if b] for bits in (self.choices, self.act_choices))
@@ -70,16 +71,16 @@ class Config:
         if self.error not in errors:
             raise ValueError(f"--config.error={self.error}: write one of {', '.join(errors)}.")
         found = mixed_precision.measure(
-            experiment.params, experiment.apply_fn, images, weights=weights, activations=activations, preset=experiment.preset,
+            experiment.params, experiment.apply_fn, first(experiment, self.examples), weights=weights, activations=activations, preset=experiment.preset,
             error=errors[self.error], blocks=experiment.blocks, progress=False,
         )  # fmt: skip
         if self.sensitivities:
             found.save(self.sensitivities)
         return found
 
-    def latencies(self, experiment: Experiment, images, uniform_bits) -> mixed_precision.Latency:
+    def latencies(self, experiment: Experiment, uniform_bits) -> mixed_precision.Latency:
         """Of all bits that a plan or a budget may have."""
-        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, images[: self.latency_batch])
+        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, self.latency_batch))
         if not self.latency:
             return mixed_precision.SystolicArray().latency(graph)
         if pathlib.Path(self.latency).exists():
@@ -91,3 +92,8 @@ class Config:
         found = mixed_precision.measure_latency(graph, sorted(weight_bits), sorted(act_bits), progress=False)
         mixed_precision.write_latency(found, self.latency)
         return found
+
+
+def first(experiment: Experiment, count: int):
+    """So many calibration inputs."""
+    return jax.tree.map(lambda a: a[:count], experiment.calib_ds)

@@ -60,7 +60,8 @@ def measure_latency(
 def _measure(graph: Graph, op: Op, block: Block, pairs: Sequence[tuple[int, int]], rounds: int) -> dict[tuple[int, int], float]:
     """µs of the traced batch for each pair."""
     draw = np.random.default_rng(0)
-    x, *params = (_random(draw, graph.flat.types[i]) for i in (op.data, *block.params))
+    types = [graph.flat.types[i] for i in (op.data, *block.params)]
+    x, *params = (jnp.asarray(draw.normal(size=t.shape), t.dtype) for t in types)
 
     def apply_fn(params, x):
         return run(block.program, [x], params, block.constants)
@@ -69,10 +70,6 @@ def _measure(graph: Graph, op: Op, block: Block, pairs: Sequence[tuple[int, int]
     calls = [_compiled(alone, apply_fn, params, x, *pair) for pair in pairs]
     seconds = np.median([[_seconds(ours) - _seconds(nothing) for ours, nothing in calls] for _ in range(rounds)], 0)
     return {pair: 1e6 * max(float(s), 0.0) for pair, s in zip(pairs, seconds, strict=True)}
-
-
-def _random(draw: np.random.Generator, kind) -> jax.Array:
-    return jnp.asarray(draw.normal(size=kind.shape), kind.dtype)
 
 
 def _compiled(graph: Graph, apply_fn: Callable, params: list, x: jax.Array, weight_bits: int, act_bits: int) -> tuple[Callable, Callable]:
