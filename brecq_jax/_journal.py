@@ -16,7 +16,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import pathlib
 import socket
@@ -47,15 +46,10 @@ class Journal:
         if packed is None:
             return None
         line, _, arrays = packed.partition(b"\n")
-        leaves, tree = jax.tree.flatten(like)
-        if len(arrays) != sum(a.nbytes for a in leaves):
+        if len(arrays) != sum(a.nbytes for a in jax.tree.leaves(like)):
             return None
-        found, first = [], 0
-        for a in leaves:
-            found.append(jnp.asarray(np.frombuffer(arrays, a.dtype, a.size, first).reshape(a.shape)))
-            first += a.nbytes
         self._follow(arrays)
-        return jax.tree.unflatten(tree, found), json.loads(line)["infos"]
+        return _tree_of(arrays, like), json.loads(line)["infos"]
 
     def add(self, block: str, found: Any, infos: list[dict]):
         """Keep what was found for the next block.
@@ -63,7 +57,7 @@ class Journal:
         Raises:
           OSError: it could not be written, as on a full disk. What was kept before is there still.
         """
-        arrays = b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(found))
+        arrays = _bytes_of(found)
         if jax.process_index() == 0:
             line = json.dumps({"block": block, "before": self.last.hex(), "infos": infos}).encode()
             write_whole(self._path(), _sealed(line + b"\n" + arrays))
@@ -174,18 +168,29 @@ def write_whole(path: pathlib.Path, data: bytes):
 
 def remembered(path: pathlib.Path, types: Any, compute: Callable[[], Any]) -> Any:
     """What `compute()` gives, a tree of arrays of these types: read, if the file is there and whole; else computed, and written."""
-    kinds, tree = jax.tree.flatten(types)
     packed = _unsealed(path.read_bytes()) if path.is_file() else None
-    if packed is None:
-        found = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mine = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
-        write_whole(mine, _sealed(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(found))))
-        mine.rename(path)
-        return found
-    ends = np.cumsum([math.prod(k.shape) * k.dtype.itemsize for k in kinds]).tolist()
-    parts = (packed[start:end] for start, end in zip([0, *ends], ends, strict=False))
-    return jax.tree.unflatten(tree, [jnp.asarray(np.frombuffer(p, k.dtype).reshape(k.shape)) for p, k in zip(parts, kinds, strict=True)])
+    if packed is not None:
+        return _tree_of(packed, types)
+    found = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
+    write_whole(mine, _sealed(_bytes_of(found)))
+    mine.rename(path)
+    return found
+
+
+def _bytes_of(tree: Any) -> bytes:
+    return b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(tree))
+
+
+def _tree_of(data: bytes, like: Any) -> Any:
+    """The inverse, for a tree of arrays, or of their types, as `like`."""
+    leaves, tree = jax.tree.flatten(like)
+    found, first = [], 0
+    for a in leaves:
+        found.append(jnp.asarray(np.frombuffer(data, a.dtype, a.size, first).reshape(a.shape)))
+        first += a.size * a.dtype.itemsize
+    return jax.tree.unflatten(tree, found)
 
 
 def _sealed(data: bytes) -> bytes:

@@ -45,7 +45,7 @@ class Config:
         if not self.interactions:
             sensitivities = dataclasses.replace(sensitivities, interactions={})
         graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, 2))
-        table = self.latencies(experiment, range(int(self.latency_bits), int(self.latency_bits) + 2) if self.latency_bits else ())
+        table = self.latencies(experiment, graph, range(int(self.latency_bits), int(self.latency_bits) + 2) if self.latency_bits else ())
 
         def uniform(bits: float, cost: str) -> float:
             """The cost of so many bits everywhere."""
@@ -78,9 +78,8 @@ class Config:
             found.save(self.sensitivities)
         return found
 
-    def latencies(self, experiment: Experiment, uniform_bits) -> mixed_precision.Latency:
+    def latencies(self, experiment: Experiment, graph: brecq_jax.Graph, uniform_bits) -> mixed_precision.Latency:
         """Of all bits that a plan or a budget may have."""
-        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, self.latency_batch))
         if not self.latency:
             return mixed_precision.SystolicArray().latency(graph)
         if pathlib.Path(self.latency).exists():
@@ -89,6 +88,7 @@ class Config:
         weight_bits, act_bits = ({int(b) for b in bits.split(",") if b} for bits in (self.choices, self.act_choices))
         act_bits |= {format.bits if format else mixed_precision.FLOAT_BITS for format in plan.activations.values()}
         weight_bits |= {8, *(min(b, 8) for b in uniform_bits)}
+        graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, self.latency_batch))
         found = mixed_precision.measure_latency(graph, sorted(weight_bits), sorted(act_bits), progress=False)
         mixed_precision.write_latency(found, self.latency)
         return found

@@ -9,13 +9,13 @@ import numpy as np
 
 from brecq_jax._graph import Graph, Op, trace
 from brecq_jax._interpret import Block, make_block, needed_steps, run
-from brecq_jax._model import Program, Quantized
+from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import make_plan
 from brecq_jax._progress import bar
-from brecq_jax._qarray import quantize_array
 from brecq_jax.deploy import to_integer
 from brecq_jax.formats import MinMax, Uniform
 from brecq_jax.mixed_precision.costs import FLOAT_BITS, batch_size
+from brecq_jax.solvers.nearest import round_weights
 
 ROUND_S = 0.005  # of calls in a row, at least, in each round
 
@@ -77,13 +77,9 @@ def _compiled(graph: Graph, apply_fn: Callable, params: list, x: jax.Array, weig
     formats = [None if bits == FLOAT_BITS else Uniform(bits, ranges=MinMax()) for bits in (weight_bits, act_bits)]
     plan = make_plan(graph, *formats)
     sites = {name: format for name, format in plan.activations.items() if format is not None}
-    rounded = {
-        name: quantize_array(params[weight.leaf], plan.weights[name], weight.channel_axes)
-        for name, weight in graph.weights.items() if plan.weights[name] is not None
-    }  # fmt: skip
     grids = {name: format.fit(x.reshape(1, -1).astype(jnp.float32)) for name, format in sites.items()}
-    model = Quantized(params, grids, Program(apply_fn, tuple(sites.items()), plan.whole_values)).with_weights(rounded, graph)
-    integer = to_integer(model, x)
+    model = Quantized(params, grids, Program(apply_fn, tuple(sites.items()), plan.whole_values))
+    integer = to_integer(round_weights(Problem(apply_fn, params, plan, x, len(x)), model), x)
     ours = jax.jit(lambda model, x: model(x)).lower(integer, x).compile()
     nothing = jax.jit(lambda model, x: x.ravel()[:1], keep_unused=True).lower(integer, x).compile()
     return lambda: ours(integer, x), lambda: nothing(integer, x)
