@@ -1,7 +1,4 @@
-"""Matrix products and convolutions that unpack their weight a tile at a time: memory holds packed bytes, and one tile of what they mean.
-
-XLA would unpack all weights of a program before it runs the first product, and hold them all. A loop over tiles is a whole.
-"""
+"""Matrix products and convolutions that decode a large weight a tile at a time: memory holds packed bytes, and one tile of what they mean."""
 
 import math
 from collections.abc import Callable
@@ -14,13 +11,14 @@ from brecq_jax._qarray import QArray
 from brecq_jax.deploy.packing import unpack
 from brecq_jax.formats import Uniform
 
-TILE = 2**16  # elements: a quarter of a megabyte of float32. EfficientNet-Lite0's program needs 3.1 MB beside packed weights, 11 MB with 2^18
+LARGE = 2**18  # elements: a megabyte of float32. XLA:CPU convolves slower in a loop, by a third in EfficientNet-Lite0 if all of its weights are in tiles
+TILE = 2**16  # elements
 
 
-def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArray], jax.Array], dtype) -> jax.Array | None:
-    """The product of a step with a PackedArray of two axes; `operand` makes what is multiplied of a tile.
+def tiled_dot(step: Step, x, weight, data_position: int, dtype) -> jax.Array | None:
+    """The product of a step with a PackedArray of two axes, in `dtype`.
 
-    None: the weight is no larger than a tile, or there are no tiles of whole bytes, or the product is of another kind.
+    None: the weight is not large, or there are no tiles of whole bytes, or the product is of another kind.
     """
     if step.primitive != "dot_general" or len(weight.shape) != 2 or not _has_tiles(weight):
         return None
@@ -38,12 +36,12 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
     packed = weight.packed.reshape(tiles, -1)
     axis = contracting[data_position][0]
     # Many tiles are added up: bfloat16 would lose at each what it loses once.
-    added = dtype if jnp.issubdtype(dtype, jnp.integer) else jnp.promote_types(dtype, jnp.float32)
+    added = jnp.promote_types(dtype, jnp.float32)
 
     def product(n, packed, x, dtype):
         codes = unpack(packed, weight.format.bits, size * shape[1]).reshape(size, shape[1])
         grid = jax.tree.map(lambda g: _part(g, n, tiles, by_channel=summed == 1), weight.grid)
-        w = operand(QArray(codes, grid, weight.format, weight.channel_axes, weight.dtype))
+        w = QArray(codes, grid, weight.format, weight.channel_axes, weight.dtype).decode()
         operands = (x, w) if data_position == 0 else (w, x)
         return jax.lax.dot_general(*operands, step.params["dimension_numbers"], step.params["precision"], preferred_element_type=dtype)
 
@@ -65,7 +63,7 @@ def tiled_dot(step: Step, x, weight, data_position: int, operand: Callable[[QArr
 def tiled_conv(step: Step, weight, convolve: Callable[[QArray], jax.Array]) -> jax.Array | None:
     """The convolution of a step with a PackedArray, some output channels at a time; `convolve` makes theirs of a tile of the weight.
 
-    None: the weight is no larger than a tile, or there are no tiles of whole bytes, or it convolves in groups.
+    None: the weight is not large, or there are no tiles of whole bytes, or it convolves in groups.
     """
     if step.primitive != "conv_general_dilated" or step.params["feature_group_count"] * step.params["batch_group_count"] > 1:
         return None
@@ -98,10 +96,10 @@ def _has_tiles(weight) -> bool:
 def _size(count: int, elements: int, divides: Callable[[int], bool]) -> int | None:
     """Of `count` rows of `elements` each, how many make a tile: as many as TILE holds of those numbers that give equal tiles.
 
-    `divides(n)`: whether tiles of n rows are of whole bytes and groups. None: one tile holds all, or no number does.
+    `divides(n)`: whether tiles of n rows are of whole bytes and groups. None: the weight is not large, or no number does.
     """
     fitting = [n for n in range(1, count) if count % n == 0 and divides(n)]
-    if count * elements <= TILE or not fitting:
+    if count * elements <= LARGE or not fitting:
         return None
     return max((n for n in fitting if n * elements <= TILE), default=min(fitting))
 

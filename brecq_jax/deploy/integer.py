@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from brecq_jax._fast_ops import fast_op
-from brecq_jax._graph import Graph, Op, trace
+from brecq_jax._graph import Op, Weight, trace
 from brecq_jax._interpret import param_values, run, whole
 from brecq_jax._jaxpr import Step
 from brecq_jax._model import Program, Quantized, quantize_hooks, slice_qarray
@@ -39,12 +40,37 @@ class PackedArray:
     def of(cls, array: QArray) -> "PackedArray":
         return cls(pack(array.codes, array.format.bits), array.grid, array.shape, array.format, array.channel_axes, array.dtype)
 
-    def qarray(self) -> QArray:
+    def qarray(self, after: jax.Array | None = None) -> QArray:
+        """The codes, unpacked in a program not before the array `after` is there.
+
+        Without one, XLA:CPU (jax 0.10.2) unpacks all weights of a program before it runs the first op, and holds them all, whatever
+        barriers stand between.
+        """
         # The barrier keeps the bytes of an exported program bytes: XLA would compute with constants while it compiles.
         packed = jax.lax.optimization_barrier(self.packed)
-        size = QArray(jax.ShapeDtypeStruct(self.shape, jnp.uint8), self.grid, self.format, self.channel_axes, self.dtype).size
-        codes = unpack(packed, self.format.bits, size).reshape(self.shape)
+        packed = packed if after is None else packed | _zero_of(after)
+        codes = unpack(packed, self.format.bits, math.prod(self.shape)).reshape(self.shape)
         return QArray(codes, self.grid, self.format, self.channel_axes, self.dtype)
+
+    def slice(self, weight: Weight) -> "PackedArray":
+        """law: its qarray() is `slice_qarray(self.qarray(), weight)`. Of a stack, the bytes of that slice, where no byte belongs to two."""
+        depth = len(weight.index)
+        if not depth:
+            return self
+        if math.prod(self.shape[depth:]) * self.format.bits % 8:
+            return PackedArray.of(slice_qarray(self.qarray(), weight))
+        stack = self.packed.reshape(*self.shape[:depth], -1)
+        part = slice_qarray(QArray(stack, self.grid, self.format, self.channel_axes, self.dtype), weight)
+        return PackedArray(part.codes, part.grid, self.shape[depth:], self.format, part.channel_axes, self.dtype)
+
+
+def _zero_of(x: jax.Array) -> jax.Array:
+    """A uint8 that is 0, which XLA does not know before x is there."""
+    if 0 in x.shape:
+        return jnp.uint8(0)
+    first = jax.lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+    first = first if jnp.issubdtype(x.dtype, jnp.integer) else jax.lax.bitcast_convert_type(first, f"uint{8 * x.dtype.itemsize}")
+    return (first.astype(jnp.uint8).astype(jnp.int32) > 255).astype(jnp.uint8)
 
 
 def packed_params(quantized: Quantized) -> Any:
@@ -190,22 +216,32 @@ def _call(integer: Integer, inputs):
     taken = {t.op: t for t in integer.taken}
     held = jax.tree.leaves(integer.params, is_leaf=lambda x: isinstance(x, PackedArray))
 
-    def on_op(number: int, step: Step, operands: list):
-        op = block.ops[number]
-        x, packed = operands[step.arguments[op.data_position]], held[graph.weights[op.weight].leaf]
-        if op.name in taken:
-            return [_integer_op(reading, op, x, packed, integer, taken[op.name])]
+    last = None  # what the op before gave: weights are unpacked one after the other
 
-        def convolve(tile):
-            both = [x, tile.decode().astype(x.dtype)]
+    def on_op(number: int, step: Step, operands: list):
+        nonlocal last
+        outputs = multiplied(number, step, operands)
+        last = outputs[0] if outputs else last
+        return outputs
+
+    def multiplied(number: int, step: Step, operands: list):
+        op = block.ops[number]
+        x, weight = operands[step.arguments[op.data_position]], graph.weights[op.weight]
+        packed = held[weight.leaf]
+        if op.name in taken:
+            return [_integer_op(reading, op, x, packed.slice(weight).qarray(x if last is None else last), integer, taken[op.name])]
+
+        def multiply(array: QArray):
+            both = list(operands)
+            both[step.arguments[1 - op.data_position]] = array.decode()
             return (fast_op(number, step, both) or step.run(*both))[0]
 
-        y = None
-        if isinstance(packed, PackedArray) and _reads_itself(graph, op):
-            dtype = graph.flat.types[step.outputs[0]].dtype
-            y = tiled_dot(step, x, packed, op.data_position, lambda tile: tile.decode().astype(x.dtype), dtype)
-            y = tiled_conv(step, packed, convolve) if y is None else y
-        return fast_op(number, step, operands) if y is None else [y]
+        if not isinstance(packed, PackedArray) or graph.origins.get(op.weight_value) != (weight.leaf, weight.index):
+            return fast_op(number, step, operands)
+        packed = packed.slice(weight)
+        y = tiled_dot(step, x, packed, op.data_position, graph.flat.types[step.outputs[0]].dtype)
+        y = tiled_conv(step, packed, multiply) if y is None else y
+        return [multiply(packed.qarray(x if last is None else last)) if y is None else y]
 
     def on_input(number: int, x):
         return x if number < len(block.ops) and block.ops[number].name in taken else hooks["on_input"](number, x)
@@ -221,23 +257,16 @@ def _call(integer: Integer, inputs):
     return jax.tree.unflatten(graph.out_tree, outputs)
 
 
-def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integer, taken: Taken):
+def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, taken: Taken):
     """One op and what it takes over: from floats or codes to floats or codes."""
-    weight = slice_qarray(packed.qarray(), reading.graph.weights[op.weight])
     step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
-    w, codes_of, itself = weight_codes(reading, op, weight), functools.partial(weight_codes, reading, op), _reads_itself(reading.graph, op)
-    weight_zero = arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
+    w, zero = weight_codes(reading, op, weight), arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
     if op.kind == "conv":
-        x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
-        tiled = tiled_conv(step, packed, lambda tile: _integer_ops.conv(step, x, codes_of(tile))) if itself else None
-        sums = _integer_ops.conv(step, x, w, weight_zero) if tiled is None else tiled
+        sums = _integer_ops.conv(step, _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8)), w, zero)
     else:
-        tiled = tiled_dot(step, x, packed, op.data_position, codes_of, jnp.int32) if itself else None
-        sums = _integer_ops.dot(step, x, w, op.data_position, weight_zero) if tiled is None else tiled
-    if tiled is not None:
-        sums = _integer_ops.less_zero(sums, weight_zero, step, x, op.data_position, w.shape)
+        sums = _integer_ops.dot(step, x, w, op.data_position, zero)
     if bits == 8:
         sums += arrays["offset"]
     y = sums.astype(jnp.float32) * arrays["scale"] + arrays["bias"]
@@ -246,11 +275,6 @@ def _integer_op(reading: Reading, op: Op, x, packed: PackedArray, integer: Integ
     given = _scalars(integer.activations[taken.codes_for])
     unit = Grid(jnp.float32(1), given.zero_point)
     return encode(y, unit, formats[taken.codes_for].bits, arrays.get("low"), arrays.get("high"))
-
-
-def _reads_itself(graph: Graph, op: Op) -> bool:
-    """Whether the op reads a whole parameter, with nothing in between."""
-    return graph.origins.get(op.weight_value) == (graph.weights[op.weight].leaf, ())
 
 
 def _padded(step: Step, x, zero):

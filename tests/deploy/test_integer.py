@@ -1,6 +1,7 @@
 """Integer inference against the fake-quantized model, and what its programs are made of."""
 
 import dataclasses
+import math
 import re
 
 import chex
@@ -12,10 +13,11 @@ import pytest
 
 import brecq_jax
 from brecq_jax import solvers
+from brecq_jax._model import slice_qarray
 from brecq_jax._qarray import quantize_array
 from brecq_jax.deploy import to_integer
 from brecq_jax.deploy.integer import PackedArray
-from brecq_jax.formats import MinMax, Uniform
+from brecq_jax.formats import MinMax, Multipoint, RowCodebook, Uniform
 
 DRAW = np.random.default_rng(0)
 BEGINNING = DRAW.bit_generator.state
@@ -223,10 +225,10 @@ def test_tiles_of_a_bfloat16_model_are_added_up_in_float32():
 
 
 CONVOLVED = {  # dimension numbers, shape of the kernel
-    "HWIO": (("NHWC", "HWIO", "NHWC"), (3, 3, 96, 128)),
-    "OIHW": (("NCHW", "OIHW", "NCHW"), (128, 96, 3, 3)),
-    "IHWO": (("NHWC", "IHWO", "NCHW"), (96, 3, 3, 128)),
-    "HOWI": (("NHWC", "HOWI", "NHWC"), (3, 128, 3, 96)),
+    "HWIO": (("NHWC", "HWIO", "NHWC"), (3, 3, 192, 256)),
+    "OIHW": (("NCHW", "OIHW", "NCHW"), (256, 192, 3, 3)),
+    "IHWO": (("NHWC", "IHWO", "NCHW"), (192, 3, 3, 256)),
+    "HOWI": (("NHWC", "HOWI", "NHWC"), (3, 256, 3, 192)),
 }
 
 
@@ -238,7 +240,7 @@ CONVOLVED = {  # dimension numbers, shape of the kernel
 def test_convolutions_in_tiles_hold_packed_bytes_and_are_exact(format, activations, layout):
     dims, shape = CONVOLVED[layout]
     params = {f"layer{n}": DRAW.normal(0, 0.03, shape).astype(np.float32) for n in range(4)}
-    x = DRAW.normal(size=(8, 96, 6, 6) if dims[0] == "NCHW" else (8, 6, 6, 96)).astype(np.float32)
+    x = DRAW.normal(size=(8, 192, 6, 6) if dims[0] == "NCHW" else (8, 6, 6, 192)).astype(np.float32)
 
     def apply_fn(params, x):
         return sum(jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=dims) for w in params.values())
@@ -248,11 +250,63 @@ def test_convolutions_in_tiles_hold_packed_bytes_and_are_exact(format, activatio
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-3, atol=1e-3)
     memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
     if activations is None:
-        assert memory.temp_size_in_bytes <= 1.2 * 2**20  # the four kernels are 1.7 MB
+        assert memory.temp_size_in_bytes <= 1.2 * 2**20  # the four kernels are 7 MB
+
+
+CHAINED = {
+    "dense": (lambda w, x: x @ w, (256, 256), (256,)),
+    "depthwise": (lambda w, x: conv(window_strides=(1, 1), padding="SAME", feature_group_count=4096)({"w": w}, x), (5, 5, 1, 4096), (2, 2, 4096)),
+}
+
+
+@pytest.mark.parametrize("format", [Uniform(4, ranges=MinMax()), RowCodebook(4), Multipoint(bits=2, points=2)], ids=["uniform", "codebook", "multipoint"])
+@pytest.mark.parametrize("activations", [None, Uniform(8)], ids=str)
+@pytest.mark.parametrize("kind", CHAINED)
+def test_small_weights_of_any_format_are_unpacked_one_after_the_other(format, activations, kind):
+    multiply, shape, data = CHAINED[kind]
+    params, x = {f"layer{n}": DRAW.normal(0, 0.1, shape).astype(np.float32) for n in range(16)}, DRAW.normal(size=(8, *data)).astype(np.float32)
+
+    def apply_fn(params, x):
+        for w in params.values():
+            x = jnp.tanh(multiply(w, x))
+        return x
+
+    quantized = quantize(params, apply_fn, x, weights=format, activations=activations)
+    packed = to_integer(quantized, x[:1])
+    chex.assert_trees_all_close(packed(x[:1]), quantized(x[:1]), rtol=1e-3, atol=2e-2)
+    memory = jax.jit(lambda model, x: model(x)).lower(packed, x[:1]).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 16 * math.prod(shape)  # four of the sixteen in float32, all of them in int8
+
+
+@pytest.mark.parametrize(("bits", "elements"), [(4, 64), (3, 64), (3, 9)])
+def test_a_slice_of_a_packed_stack_is_the_slice_of_what_it_unpacks_to(bits, elements):
+    """Of nine codes of three bits no slice but the first starts with a byte."""
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
+
+    side = math.isqrt(elements)
+    stack = DRAW.normal(size=(4, side, side)).astype(np.float32)
+    graph = brecq_jax.trace(apply_fn, stack, jnp.zeros((8, side)))
+    quantized = quantize(stack, apply_fn, DRAW.normal(size=(8, side)).astype(np.float32), weights=Uniform(bits), activations=None)
+    for weight in graph.weights.values():
+        chex.assert_trees_all_equal(PackedArray.of(quantized.params).slice(weight).qarray(), slice_qarray(quantized.params, weight))
+
+
+@pytest.mark.parametrize("activations", [None, Uniform(8)], ids=str)
+def test_layers_of_a_packed_stack_are_unpacked_one_after_the_other(activations):
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
+
+    stack, x = DRAW.normal(0, 0.1, (16, 256, 256)).astype(np.float32), DRAW.normal(size=(8, 256)).astype(np.float32)
+    quantized = quantize(stack, apply_fn, x, weights=Uniform(4), activations=activations)
+    packed = to_integer(quantized, x)
+    chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-3, atol=2e-2)
+    memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= stack.nbytes // 4  # in int8 it is as large as this
 
 
 @pytest.mark.parametrize("layout", TILED)
-def test_products_in_tiles_are_exact_on_integers(layout):
+def test_products_of_every_layout_are_exact_on_integers(layout):
     params, x = {"w": DRAW.normal(size=(1024, 1024)).astype(np.float32)}, DRAW.normal(size=(8, 1024)).astype(np.float32)
     quantized = quantize(params, lambda p, x: TILED[layout](p["w"], x), x, weights=Uniform(4, ranges=MinMax()), activations=Uniform(8))
     integer = to_integer(quantized, x)
