@@ -5,7 +5,8 @@ r"""Our networks against PyTorch code that we did not write: the same made-up we
 
 Needs, beside this package: torch, torchvision, timm and efficientnet_lite_pytorch (pip install --no-deps is enough), and
 checkouts of yhhhli/BRECQ and akamaster/pytorch_resnet_cifar10. Prints a table in Markdown. `--weights NAME=FILE …`: real
-weights, on photographs, in place of made-up ones. tests/models/test_parity.py compares with what `--vectors` stores.
+weights, on photographs, in place of made-up ones; with `--images=FOLDER` on those of a folder that score (`data.open_images`), and the
+share of right labels beside. tests/models/test_parity.py compares with what `--vectors` stores.
 """
 
 import argparse
@@ -27,6 +28,7 @@ SEED = 0
 SIDES = {"cifar": 32, "vit": 224, "efficientnet": 60, "": 64}  # 60: odd sides inside, where SAME padding is lopsided
 GAINS = {"resnet": 0.7, "regnet": 0.7, "": 1.6}  # so that activations neither fade nor grow: every block of these adds its input
 IMAGES = 8  # photographs for real weights
+CHUNK = 100  # of a folder's images at a time
 
 
 def made_up_tensors(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -119,10 +121,11 @@ def our_logits(name: str, tensors: dict[str, np.ndarray], images: np.ndarray) ->
     return np.asarray(jax.jit(model.apply)(variables, images)), sum(x.size for x in jax.tree.leaves(variables["params"]))
 
 
-def row(name: str, source: str, count: int, ours: np.ndarray, theirs: np.ndarray) -> str:
+def row(name: str, source: str, count: int, ours: np.ndarray, theirs: np.ndarray, labels: np.ndarray | None = None) -> str:
     worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return f"| {name} | {count:,} | {source} | {worst:.1e} | {same} of {len(ours)} | {np.abs(theirs).max():.3g} |"
+    right = "" if labels is None else " " + ", ".join(f"{100 * np.mean(z.argmax(-1) == labels):.2f}" for z in (ours, theirs)) + " |"
+    return f"| {name} | {count:,} | {source} | {worst:.1e} | {same} of {len(ours)} | {np.abs(theirs).max():.3g} |{right}"
 
 
 def main() -> None:
@@ -131,14 +134,16 @@ def main() -> None:
     parser.add_argument("--cifar", required=True)
     parser.add_argument("--vectors", help="where to store logits, names and shapes for the tests")
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--images", help="a folder, for --weights: DIR/train and DIR/val, or one folder a class")
     parser.add_argument("--only", default="", help="a regular expression for our names")
     settings = parser.parse_args()
     # efficientnet_lite_pytorch fixes its padding for one side of the image: the published one, or ours.
     lite = {} if settings.weights else {"image_size": SIDES["efficientnet"]}
     found = networks(settings.brecq, settings.cifar, **lite)
-    print("| network | parameters | against | largest difference / largest logit | same first class | largest logit |\n|---|---|---|---|---|---|")
+    top1 = " top-1 ours, theirs |" if settings.images else ""
+    print(f"| network | parameters | against | largest difference / largest logit | same first class | largest logit |{top1}\n|---|---|---|---|---|---|{'---|' * bool(top1)}")
     for name, file in (pair.split("=", 1) for pair in settings.weights):
-        for source, line in real_rows(name, file, found[name]):
+        for source, line in real_rows(name, file, found[name], settings.images):
             print(line, flush=True)
     if settings.weights:
         return
@@ -160,18 +165,25 @@ def main() -> None:
         np.savez_compressed(settings.vectors, shapes=names, **stored)
 
 
-def real_rows(name: str, file: str, sources: dict):
+def real_rows(name: str, file: str, sources: dict, folder: str | None):
     """Lines of the table for the sources whose names are the file's."""
     preprocessing = models.ARCHITECTURES[name].preprocessing
-    images = np.asarray(preprocessing.normalize(data.photographs(preprocessing.size, IMAGES, SEED, "evaluation")))
+    if folder:
+        crop = functools.partial(data.center_crop, size=preprocessing.size, fraction=preprocessing.crop, interpolation=preprocessing.interpolation)
+        parts, labels = zip(*data.stream(data.open_images(folder)[1], crop, CHUNK), strict=True)
+        labels = None if labels[0] is None else np.concatenate(labels)
+    else:
+        parts, labels = [data.photographs(preprocessing.size, IMAGES, SEED, "evaluation")], None
+    parts = [np.asarray(preprocessing.normalize(part)) for part in parts]
     model, variables = models.load_pretrained(name, file)
-    got = np.asarray(jax.jit(model.apply)(variables, images))
+    run = jax.jit(model.apply)
+    got = np.concatenate([run(variables, part) for part in parts])
     tensors = {n: t for n, t in models.read_torch(file).items() if not n.endswith("num_batches_tracked")}
     count = sum(x.size for x in jax.tree.leaves(variables["params"]))
     for source, build in sources.items():
         network = build()
         if set(tensors) == {n for n in network.state_dict() if not n.endswith("num_batches_tracked")}:
-            yield source, row(f"{name}, {pathlib.Path(file).name}", source, count, got, torch_logits(network, tensors, images))
+            yield source, row(f"{name}, {pathlib.Path(file).name}", source, count, got, np.concatenate([torch_logits(network, tensors, part) for part in parts]), labels)
 
 
 if __name__ == "__main__":

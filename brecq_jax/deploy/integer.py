@@ -216,7 +216,7 @@ def _call(integer: Integer, inputs):
     taken = {t.op: t for t in integer.taken}
     held = jax.tree.leaves(integer.params, is_leaf=lambda x: isinstance(x, PackedArray))
 
-    last = None  # what the op before gave: weights are unpacked one after the other
+    last, codes = None, {}  # what the op before gave: weights are unpacked one after the other; and once, if several ops read one
 
     def on_op(number: int, step: Step, operands: list):
         nonlocal last
@@ -228,8 +228,14 @@ def _call(integer: Integer, inputs):
         op = block.ops[number]
         x, weight = operands[step.arguments[op.data_position]], graph.weights[op.weight]
         packed = held[weight.leaf]
+
+        def whole_weight() -> QArray:
+            if op.weight not in codes:
+                codes[op.weight] = packed.slice(weight).qarray(x if last is None else last)
+            return codes[op.weight]
+
         if op.name in taken:
-            return [_integer_op(reading, op, x, packed.slice(weight).qarray(x if last is None else last), integer, taken[op.name])]
+            return [_integer_op(reading, op, x, whole_weight(), integer, taken[op.name])]
 
         def multiply(array: QArray):
             both = list(operands)
@@ -238,10 +244,9 @@ def _call(integer: Integer, inputs):
 
         if not isinstance(packed, PackedArray) or graph.origins.get(op.weight_value) != (weight.leaf, weight.index):
             return fast_op(number, step, operands)
-        packed = packed.slice(weight)
-        y = tiled_dot(step, x, packed, op.data_position, graph.flat.types[step.outputs[0]].dtype)
-        y = tiled_conv(step, packed, multiply) if y is None else y
-        return [multiply(packed.qarray(x if last is None else last)) if y is None else y]
+        y = tiled_dot(step, x, packed.slice(weight), op.data_position, graph.flat.types[step.outputs[0]].dtype)
+        y = tiled_conv(step, packed.slice(weight), multiply) if y is None else y
+        return [multiply(whole_weight()) if y is None else y]
 
     def on_input(number: int, x):
         return x if number < len(block.ops) and block.ops[number].name in taken else hooks["on_input"](number, x)

@@ -278,6 +278,20 @@ def test_small_weights_of_any_format_are_unpacked_one_after_the_other(format, ac
     assert memory.temp_size_in_bytes <= 16 * math.prod(shape)  # four of the sixteen in float32, all of them in int8
 
 
+@pytest.mark.parametrize("activations", [None, Uniform(8)], ids=str)
+def test_a_weight_that_many_ops_read_is_unpacked_once(activations):
+    params, x = {"w": DRAW.normal(0, 0.1, (64, 64)).astype(np.float32)}, DRAW.normal(size=(8, 64)).astype(np.float32)
+
+    def apply_fn(params, x):
+        for _ in range(20):
+            x = jnp.tanh(x @ params["w"])
+        return x
+
+    packed = to_integer(quantize(params, apply_fn, x, weights=Uniform(4), activations=activations), x)
+    shifts = re.findall(r"shift_right_logical \S+", str(jax.make_jaxpr(lambda model, x: model(x))(packed, x)))
+    assert len(shifts) <= 4  # two for the two codes of a byte, and those of the float copy that nothing reads
+
+
 @pytest.mark.parametrize(("bits", "elements"), [(4, 64), (3, 64), (3, 9)])
 def test_a_slice_of_a_packed_stack_is_the_slice_of_what_it_unpacks_to(bits, elements):
     """Of nine codes of three bits no slice but the first starts with a byte."""
