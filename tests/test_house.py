@@ -120,6 +120,12 @@ def test_every_config_is_built_and_run(path, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"model", "result.json", "report.html", "block_errors.png"}
 
 
+def test_bits_are_chosen_for_a_base_whose_inputs_are_a_tree(tmp_path, monkeypatch):
+    base = " ".join(["minilm", *SMALL["minilm"], *made_up_minilm(tmp_path, monkeypatch)])
+    result = main([f"--config={ROOT / 'configs/mixed_precision.py'}", f"--workdir={tmp_path / 'run'}", "--quiet", "--config.examples=8", f"--config.base={base}"])
+    assert result["figures"]
+
+
 def made_up_cifar(folder, monkeypatch) -> list[str]:
     """Random images and weights in the real files' layout."""
     draw = np.random.default_rng(0)
