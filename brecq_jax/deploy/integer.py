@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -216,37 +216,30 @@ def _call(integer: Integer, inputs):
     taken = {t.op: t for t in integer.taken}
     held = jax.tree.leaves(integer.params, is_leaf=lambda x: isinstance(x, PackedArray))
 
+    def reads_packed(op: Op, weight: Weight) -> bool:
+        """Whether the op reads a packed parameter, or a slice of one, with nothing in between."""
+        return isinstance(held[weight.leaf], PackedArray) and graph.origins.get(op.weight_value) == (weight.leaf, weight.index)
+
     last, codes = None, {}  # what the op before gave: weights are unpacked one after the other; and once, if several ops read one
 
     def on_op(number: int, step: Step, operands: list):
         nonlocal last
-        outputs = multiplied(number, step, operands)
-        last = outputs[0] if outputs else last
-        return outputs
-
-    def multiplied(number: int, step: Step, operands: list):
         op = block.ops[number]
         x, weight = operands[step.arguments[op.data_position]], graph.weights[op.weight]
-        packed = held[weight.leaf]
+        if op.name not in taken and not reads_packed(op, weight):
+            return fast_op(number, step, operands)
+        packed = held[weight.leaf].slice(weight)
 
-        def whole_weight() -> QArray:
+        def unpack() -> QArray:
             if op.weight not in codes:
-                codes[op.weight] = packed.slice(weight).qarray(x if last is None else last)
+                codes[op.weight] = packed.qarray(x if last is None else last)
             return codes[op.weight]
 
         if op.name in taken:
-            return [_integer_op(reading, op, x, whole_weight(), integer, taken[op.name])]
-
-        def multiply(array: QArray):
-            both = list(operands)
-            both[step.arguments[1 - op.data_position]] = array.decode()
-            return (fast_op(number, step, both) or step.run(*both))[0]
-
-        if not isinstance(packed, PackedArray) or graph.origins.get(op.weight_value) != (weight.leaf, weight.index):
-            return fast_op(number, step, operands)
-        y = tiled_dot(step, x, packed.slice(weight), op.data_position, graph.flat.types[step.outputs[0]].dtype)
-        y = tiled_conv(step, packed.slice(weight), multiply) if y is None else y
-        return [multiply(whole_weight()) if y is None else y]
+            last = _integer_op(reading, op, x, unpack(), integer, taken[op.name])
+        else:
+            last = _float_op(number, op, step, operands, packed, unpack, graph.flat.types[step.outputs[0]].dtype)
+        return [last]
 
     def on_input(number: int, x):
         return x if number < len(block.ops) and block.ops[number].name in taken else hooks["on_input"](number, x)
@@ -262,12 +255,26 @@ def _call(integer: Integer, inputs):
     return jax.tree.unflatten(graph.out_tree, outputs)
 
 
+def _float_op(number: int, op: Op, step: Step, operands: list, packed: PackedArray, unpack: Callable[[], QArray], dtype):
+    """One op on floats: a part of a large weight at a time, or what `unpack` gives."""
+
+    def multiply(array: QArray):
+        both = list(operands)
+        both[step.arguments[1 - op.data_position]] = array.decode()
+        return (fast_op(number, step, both) or step.run(*both))[0]
+
+    y = tiled_dot(step, operands[step.arguments[op.data_position]], packed, op.data_position, dtype)
+    y = tiled_conv(step, packed, multiply) if y is None else y
+    return multiply(unpack()) if y is None else y
+
+
 def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, taken: Taken):
     """One op and what it takes over: from floats or codes to floats or codes."""
     step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
-    w, zero = weight_codes(reading, op, weight), arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
+    w = weight_codes(reading, op, weight)
+    zero = arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
     if op.kind == "conv":
         sums = _integer_ops.conv(step, _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8)), w, zero)
     else:

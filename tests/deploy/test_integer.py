@@ -295,6 +295,7 @@ def test_a_weight_that_many_ops_read_is_unpacked_once(activations):
 @pytest.mark.parametrize(("bits", "elements"), [(4, 64), (3, 64), (3, 9)])
 def test_a_slice_of_a_packed_stack_is_the_slice_of_what_it_unpacks_to(bits, elements):
     """Of nine codes of three bits no slice but the first starts with a byte."""
+
     def apply_fn(params, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)[0]
 
