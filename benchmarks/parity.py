@@ -16,7 +16,7 @@ import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ def _declare_torchvision_ops():
     return library
 
 
-def torch_logits(network, tensors: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
+def torch_logits(network, tensors: dict[str, np.ndarray], batches: Sequence[np.ndarray]) -> np.ndarray:
     import torch
 
     state = {n: t for n, t in network.state_dict().items() if not n.endswith("num_batches_tracked")}
@@ -109,7 +109,7 @@ def torch_logits(network, tensors: dict[str, np.ndarray], images: np.ndarray) ->
     for name, tensor in state.items():
         tensor.copy_(torch.from_numpy(np.array(tensors[name])))
     with torch.no_grad():
-        return network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+        return np.concatenate([network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy() for images in batches])
 
 
 def our_logits(name: str, tensors: dict[str, np.ndarray], images: np.ndarray) -> tuple[np.ndarray, int]:
@@ -154,7 +154,7 @@ def main() -> None:
             network = build()
             theirs = {n: tuple(t.shape) for n, t in network.state_dict().items() if not n.endswith("num_batches_tracked")}
             tensors, image = made_up_tensors(name, theirs), made_up_image(name)
-            want = torch_logits(network, tensors, image)
+            want = torch_logits(network, tensors, [image])
             got, count = our_logits(name, tensors, image)
             print(row(name, source, count, got, want), flush=True)
             if theirs not in seen:
@@ -183,7 +183,7 @@ def real_rows(name: str, file: str, sources: dict, folder: str | None):
     for source, build in sources.items():
         network = build()
         if set(tensors) == {n for n in network.state_dict() if not n.endswith("num_batches_tracked")}:
-            yield source, row(f"{name}, {pathlib.Path(file).name}", source, count, got, np.concatenate([torch_logits(network, tensors, part) for part in parts]), labels)
+            yield source, row(f"{name}, {pathlib.Path(file).name}", source, count, got, torch_logits(network, tensors, parts), labels)
 
 
 if __name__ == "__main__":

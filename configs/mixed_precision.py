@@ -14,7 +14,7 @@ import shlex
 import jax
 
 import brecq_jax
-from brecq_jax import Experiment, mixed_precision
+from brecq_jax import Experiment, mixed_precision, solvers
 from brecq_jax.__main__ import load_config
 from brecq_jax.formats import Uniform
 
@@ -32,6 +32,7 @@ class Config:
     latency_batch: int = 8  # examples of a batch whose latency is measured
     examples: int = 256  # of the calibration set, for the sensitivities
     error: str = "relative_error"  # or divergence, which weighs with the Fisher diagonal
+    learned_steps: int = 0  # learned rounding (`annealed`) of each choice before its sensitivity is measured; 0: nearest
     interactions: bool = True
     genetic: bool = False  # the paper's search; else the optimum
     sensitivities: str = ""  # a file: read if it is there, else written
@@ -67,12 +68,13 @@ class Config:
         if self.sensitivities and pathlib.Path(self.sensitivities).exists():
             return mixed_precision.Sensitivities.load(self.sensitivities)
         weights, activations = ([Uniform(int(b)) for b in bits.split(",") if b] for bits in (self.choices, self.act_choices))
-        errors = {"relative_error": brecq_jax.solvers.relative_error, "divergence": mixed_precision.divergence}
+        errors = {"relative_error": solvers.relative_error, "divergence": mixed_precision.divergence}
         if self.error not in errors:
             raise ValueError(f"--config.error={self.error}: write one of {', '.join(errors)}.")
         found = mixed_precision.measure(
             experiment.params, experiment.apply_fn, first(experiment, self.examples), weights=weights, activations=activations, preset=experiment.preset,
-            error=errors[self.error], blocks=experiment.blocks, progress=False,
+            solver=solvers.annealed(num_steps=self.learned_steps) if self.learned_steps else None,
+            error=errors[self.error], blocks=experiment.blocks, progress=jax.process_index() == 0,
         )  # fmt: skip
         if self.sensitivities:
             found.save(self.sensitivities)

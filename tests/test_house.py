@@ -97,7 +97,7 @@ SMALL = {
     "efficientnet_lite0": ["--config.calibration=8", "--config.evaluation=4", "--config.num_steps=1"],
     "imagenet": ["--config.calibration=16", "--config.batch_size=5", "--config.step_examples=4", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
     "minilm": ["--config.num_steps=2", "--config.calibration=16", "--config.evaluation=8", "--config.length=8", "--config.group_size=16", "--config.act_group=16"],
-    "mixed_precision": ["--config.base=digits_w4a8 --config.num_steps=5", "--config.act_choices=4,8", "--config.examples=32", "--config.bops=2e7", "--config.latency_bits=7.5"],
+    "mixed_precision": ["--config.base=digits_w4a8 --config.num_steps=5", "--config.act_choices=4,8", "--config.examples=32", "--config.learned_steps=5", "--config.bops=2e7", "--config.latency_bits=7.5"],
     "resnet20_cifar10": ["--config.calibration=8", "--config.num_steps=2", "--config.act_steps=2", "--config.act_bits=8"],
 }
 

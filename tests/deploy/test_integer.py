@@ -33,6 +33,11 @@ def quantize(params, apply_fn, x, **plan):
     return brecq_jax.quantize(params, apply_fn, x, solver=solvers.nearest(), progress=False, **plan)
 
 
+def program_memory(model, x):
+    """What the compiled program of a call needs, weights being arguments."""
+    return jax.jit(lambda model, x: model(x)).lower(model, x).compile().memory_analysis()
+
+
 def conv(dims=("NHWC", "HWIO", "NHWC"), **settings):
     return lambda params, x: jax.lax.conv_general_dilated(x, params["w"], dimension_numbers=dims, **settings)
 
@@ -208,7 +213,7 @@ def test_the_memory_of_a_weight_only_model_is_that_of_its_packed_bytes_and_one_t
 
     quantized = quantize(params, apply_fn, x, weights=format, activations=None)
     packed = to_integer(quantized, x)
-    memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
+    memory = program_memory(packed, x)
     grids = sum(a.nbytes for q in quantized.params.values() for a in q.grid)
     assert memory.argument_size_in_bytes <= 4 * 1024 * 1024 * format.bits // 8 + grids + x.nbytes + 1024
     assert memory.temp_size_in_bytes <= 1.5 * 2**20  # one of these weights alone is four times a tile
@@ -248,7 +253,7 @@ def test_convolutions_in_tiles_hold_packed_bytes_and_are_exact(format, activatio
     quantized = quantize(params, apply_fn, x, weights=dataclasses.replace(format, ranges=MinMax()), activations=activations)
     packed = to_integer(quantized, x)
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-3, atol=1e-3)
-    memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
+    memory = program_memory(packed, x)
     if activations is None:
         assert memory.temp_size_in_bytes <= 1.2 * 2**20  # the four kernels are 7 MB
 
@@ -274,7 +279,7 @@ def test_small_weights_of_any_format_are_unpacked_one_after_the_other(format, ac
     quantized = quantize(params, apply_fn, x, weights=format, activations=activations)
     packed = to_integer(quantized, x[:1])
     chex.assert_trees_all_close(packed(x[:1]), quantized(x[:1]), rtol=1e-3, atol=2e-2)
-    memory = jax.jit(lambda model, x: model(x)).lower(packed, x[:1]).compile().memory_analysis()
+    memory = program_memory(packed, x[:1])
     assert memory.temp_size_in_bytes <= 16 * math.prod(shape)  # four of the sixteen in float32, all of them in int8
 
 
@@ -316,7 +321,7 @@ def test_layers_of_a_packed_stack_are_unpacked_one_after_the_other(activations):
     quantized = quantize(stack, apply_fn, x, weights=Uniform(4), activations=activations)
     packed = to_integer(quantized, x)
     chex.assert_trees_all_close(packed(x), quantized(x), rtol=1e-3, atol=2e-2)
-    memory = jax.jit(lambda model, x: model(x)).lower(packed, x).compile().memory_analysis()
+    memory = program_memory(packed, x)
     assert memory.temp_size_in_bytes <= stack.nbytes // 4  # in int8 it is as large as this
 
 
