@@ -1,5 +1,7 @@
 """Roundings start where they should, and every named solver runs and keeps the best."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,20 @@ def test_weights_and_activations_are_learned_together(digits, whole_values):
 def test_a_coin_that_always_falls_one_way():
     x, rounded = jnp.zeros(100), jnp.ones(100)
     assert dropped(1.0, jax.random.key(0), x, rounded).sum() == 0 and dropped(0.0, jax.random.key(0), x, rounded).sum() == 100
-    assert 20 < dropped(0.5, jax.random.key(0), x, rounded).sum() < 80
+
+
+@pytest.mark.parametrize("shape", [(), (1_001,), (7, 13, 11)], ids=str)
+@pytest.mark.parametrize("probability", [0.5, 0.25, 0.3, 0.9])
+def test_a_coin_falls_as_often_as_it_should_and_each_for_itself(probability, shape):
+    toss = jax.jit(jax.vmap(lambda key: dropped(probability, key, jnp.ones(shape), jnp.zeros(shape))))
+    tossed = np.asarray(toss(jax.random.split(jax.random.key(0), 200_000 // max(1, math.prod(shape)))))
+    assert tossed.shape[1:] == shape
+    flat = tossed.reshape(-1)
+    deviation = math.sqrt(probability * (1 - probability) / flat.size)
+    assert abs(flat.mean() - probability) < 5 * deviation
+    for lag in (1, 2, 8, 16, 31, 32, math.prod(shape[1:])):
+        correlation = np.corrcoef(flat[lag:], flat[:-lag])[0, 1]
+        assert abs(correlation) < 5 / math.sqrt(flat.size)
 
 
 def test_a_relative_error_does_not_know_the_scale():
