@@ -75,6 +75,26 @@ SHARED = """
 """
 
 
+COINS = """
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+    from brecq_jax._model import dropped
+
+    mesh = jax.make_mesh((8,), ("data",))
+    x = np.zeros((16, 5, 5, 3), np.float32)
+    toss = jax.jit(lambda key, x: dropped(0.5, key, x, x + 1), out_shardings=NamedSharding(mesh, PartitionSpec("data")))
+    spread, key = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))), jax.random.key(0)
+    assert "all-gather" not in toss.lower(key, spread).compile().as_text()
+    np.testing.assert_array_equal(toss(key, spread), dropped(0.5, key, x, x + 1))
+"""
+
+
+def test_devices_toss_the_coins_of_their_own_examples():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(COINS)], env=environment, check=True)
+
+
 def test_one_two_four_and_eight_devices_give_the_same_codes_and_do_not_stall(tmp_path):
     (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
