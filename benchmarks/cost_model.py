@@ -29,6 +29,7 @@ from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._memory import STEP
 from brecq_jax.models.decoder import Decoder
+from brecq_jax.solvers._loop import batches
 
 VALUES_TOUCHED, VARIABLES_TOUCHED, PASSES = 6, 10, 2.25
 VARIABLES = 6  # of a weight, 4 bytes each, that a loop holds: choices, Adam's two, a gradient, two ends
@@ -98,12 +99,12 @@ def measure(shape: Shape, batch: int) -> tuple[float, float]:
     params = shape.params(rng)
     images = rng.normal(size=(72, shape.side, shape.side, shape.convolutions[0].ins)).astype(np.float32)
     program, state, fixed = start(shape, params, images, batch)
-    key = jax.random.key(0)
-    run = Step(program, batch, fast_op).one.lower(Step(program, batch, fast_op), state, fixed, key, 0).compile()
+    order = batches(ITERATIONS, len(fixed["inputs"]), batch, jax.random.key(0))
+    run = Step(program, batch, fast_op).one.lower(Step(program, batch, fast_op), state, fixed, order[0]).compile()
     spans = []
-    for i in range(ITERATIONS):
+    for rows in order:
         began = time.process_time()
-        state = jax.block_until_ready(run(state, fixed, key, i))
+        state = jax.block_until_ready(run(state, fixed, rows))
         spans.append(time.process_time() - began)
     return float(np.median(spans[1:])), float(run.memory_analysis().temp_size_in_bytes)
 

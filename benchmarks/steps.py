@@ -35,6 +35,7 @@ from brecq_jax.__main__ import keep_memory
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import Program, param_values, run, whole
 from brecq_jax._qarray import from_rows, to_rows
+from brecq_jax.solvers._loop import batches
 from brecq_jax.solvers._roundings import inverse_choice, soft_choice
 
 REFERENCE = pathlib.Path(__file__).with_name("reference_blocks.py")
@@ -144,9 +145,8 @@ class Step:
     batch: int
     on_op: Callable | None
 
-    def update(self, state, fixed, key, i):
+    def update(self, state, fixed, rows):
         variables, optimizer_state = state
-        rows = jax.random.permutation(jax.random.fold_in(key, i), fixed["inputs"].shape[0])[: self.batch]
         inputs, targets = fixed["inputs"][rows], fixed["targets"][rows]
 
         def loss(variables):
@@ -162,12 +162,12 @@ class Step:
         return optax.apply_updates(variables, updates), optimizer_state
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def one(self, state, fixed, key, i):
-        return self.update(state, fixed, key, i)
+    def one(self, state, fixed, rows):
+        return self.update(state, fixed, rows)
 
-    @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
-    def many(self, state, fixed, key, count):
-        return jax.lax.scan(lambda s, i: (self.update(s, fixed, key, i), None), state, jnp.arange(count))[0]
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def many(self, state, fixed, order):
+        return jax.lax.scan(lambda s, rows: (self.update(s, fixed, rows), None), state, order)[0]
 
 
 def start(shape: Shape, params, images: np.ndarray, batch: int):
@@ -189,14 +189,14 @@ def start(shape: Shape, params, images: np.ndarray, batch: int):
 
 def ours(step: Step, state, fixed, iterations: int) -> Iterator[list[float]]:
     """Milliseconds of `iterations` iterations, again and again. The first round compiles, and is not given."""
-    key, on_cpu = jax.random.key(0), jax.default_backend() == "cpu"
+    order, on_cpu = batches(iterations, len(fixed["inputs"]), step.batch, jax.random.key(0)), jax.default_backend() == "cpu"
     state = jax.tree.map(jnp.copy, state)  # the state is donated
-    state = jax.block_until_ready(step.one(state, fixed, key, 0) if on_cpu else step.many(state, fixed, key, iterations))
+    state = jax.block_until_ready(step.one(state, fixed, order[0]) if on_cpu else step.many(state, fixed, order))
     while True:
         spans = []
-        for i in range(iterations if on_cpu else 1):
+        for rows in order if on_cpu else [order]:
             began = time.perf_counter()
-            state = jax.block_until_ready(step.one(state, fixed, key, i) if on_cpu else step.many(state, fixed, key, iterations))
+            state = jax.block_until_ready((step.one if on_cpu else step.many)(state, fixed, rows))
             spans.append(1e3 * (time.perf_counter() - began) / (1 if on_cpu else iterations))
         yield spans
 

@@ -75,6 +75,8 @@ def loop(
     """
     mesh, on_cpu = static.mesh, jax.default_backend() == "cpu"
     chunk = SHARED_CPU_CHUNK if mesh and on_cpu else CHUNK
+    key_order, key = jax.random.split(key)
+    order = batches(static.steps, static.count, static.batch_size, key_order)
     variables, fixed, key = everywhere(mesh, (variables, fixed, key))
     state = (variables, everywhere(mesh, _started(static, variables)))
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
@@ -84,13 +86,12 @@ def loop(
             until = min(stop, done + chunk)
             if callable(data):
                 for i in range(done, until):
-                    batch = data(np.asarray(drawn(key, i, static.count, static.batch_size)))
-                    state = _update(static, state, fixed, jax.tree.map(lambda a: spread(mesh, a), batch), key, i)
+                    state = _update(static, state, fixed, jax.tree.map(lambda a: spread(mesh, a), data(order[i])), key, i)
             elif on_cpu:  # a kernel gradient inside a loop is up to 35 times slower on XLA:CPU
                 for i in range(done, until):
-                    state = _step(static, state, fixed, data, key, i)
+                    state = _step(static, state, fixed, data, order[i], key, i)
             else:
-                state = _many_steps(static, until - done, state, fixed, data, key, done)
+                state = _many_steps(static, state, fixed, data, order[done:until], key, done)
             jax.block_until_ready(state)
             done = until
             show(done)
@@ -113,14 +114,15 @@ def _started(static, variables):
     return optimizer(static).init(variables)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _many_steps(static, count, state, fixed, data, key, start):
-    return jax.lax.scan(lambda s, i: (_draw_and_update(static, s, fixed, data, key, i), None), state, start + jnp.arange(count))[0]
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _many_steps(static, state, fixed, data, order, key, start):
+    steps = order, start + jnp.arange(len(order))
+    return jax.lax.scan(lambda s, at: (_take_and_update(static, s, fixed, data, at[0], key, at[1]), None), state, steps)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(static, state, fixed, data, key, i):
-    return _draw_and_update(static, state, fixed, data, key, i)
+def _step(static, state, fixed, data, rows, key, i):
+    return _take_and_update(static, state, fixed, data, rows, key, i)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -128,13 +130,23 @@ def _update(static, state, fixed, batch, key, i):
     return _one_update(static, state, fixed, batch, key, i)
 
 
-def drawn(key, i, count: int, size: int) -> jax.Array:
-    """Which of `count` examples are the batch of step i."""
-    return jax.random.permutation(jax.random.fold_in(key, i), count)[:size]
+def batches(steps: int, count: int, size: int, key: jax.Array) -> np.ndarray:
+    """Which of `count` examples each step learns from, (steps, size): all of them once in random order, then again in another.
+
+    What does not fill a batch is left to the next order. Drawn before the loop: an order of 1,792 takes a CPU 0.8 ms, a third of a small block's step.
+    """
+    size = min(size, count)
+    keys = jax.random.split(key, -(-steps // (count // size)))
+    orders = np.asarray(_orders(keys, count))
+    return orders[:, : count // size * size].reshape(-1, size)[:steps]
 
 
-def _draw_and_update(static: Static, state, fixed, data, key, i):
-    rows = drawn(key, i, static.count, static.batch_size)
+@functools.partial(jax.jit, static_argnums=1)
+def _orders(keys, count: int):
+    return jax.lax.map(lambda key: jax.random.permutation(key, count), keys)
+
+
+def _take_and_update(static: Static, state, fixed, data, rows, key, i):
     batch = jax.tree.map(lambda a: a[rows], data)
     batch = jax.lax.with_sharding_constraint(batch, over_examples(static.mesh)) if static.mesh else batch
     return _one_update(static, state, fixed, batch, key, i)

@@ -18,7 +18,7 @@ import optax
 from brecq_jax._journal import digest
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax.formats import Binary, Ternary
-from brecq_jax.solvers._loop import drawn
+from brecq_jax.solvers._loop import batches
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._solver import split as split_examples
 from brecq_jax.solvers._student import Student, Written, begin, finish, split, view, written
@@ -169,7 +169,8 @@ class _Training:
         else:
             state, best, losses = (jax.tree.map(jnp.copy, student), optimizer.init(student)), student, np.full(2, self.loss(static, student))
             done = 0
-        operands = self.problem.params, self.activations, self.data, jnp.asarray(self.train), jax.random.fold_in(self.key, first)
+        order = batches(settings.num_steps, len(self.train), settings.batch_size, jax.random.fold_in(self.key, first))
+        operands = self.problem.params, self.activations, self.data, jnp.asarray(self.train[order])
         for number in range(done, settings.checks):
             for i in range(stops[number], stops[number + 1], CHUNK):
                 state = _steps(static, state, operands, i, min(CHUNK, stops[number + 1] - i))
@@ -240,9 +241,8 @@ def _step(static: Static, state, operands, i):
 
 
 def _update(static: Static, state, operands, i):
-    (student, opt_state), (params, activations, data, rows, key) = state, operands
-    chosen = rows[drawn(key, i, len(rows), static.settings.batch_size)]
-    batch = jax.tree.map(lambda a: a[chosen], data)
+    (student, opt_state), (params, activations, data, rows) = state, operands
+    batch = jax.tree.map(lambda a: a[rows[i]], data)
     gradients = jax.grad(lambda student: _loss(static, student, params, activations, batch), allow_int=True)(student)
     gradients = jax.tree.map(lambda g, a: g if _is_float(a) else jnp.zeros_like(a), gradients, student)
     updates, opt_state = _optimizer(static.settings, static.stage).update(gradients, opt_state, student)
