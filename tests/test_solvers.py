@@ -125,6 +125,18 @@ def test_a_coin_falls_as_often_as_it_should_and_each_for_itself(probability, sha
         assert abs(correlation) < 5 / math.sqrt(flat.size)
 
 
+@pytest.mark.parametrize(("steps", "count", "size"), [(7, 20, 6), (3, 20, 20), (1, 20, 8), (4, 5, 8), (0, 20, 6)])
+def test_batches_hold_each_example_once_before_any_comes_again(steps, count, size):
+    rows = _loop.batches(steps, count, size, jax.random.key(0))
+    assert rows.shape == (steps, min(size, count)) and np.all((0 <= rows) & (rows < count))
+    once = count // min(size, count)  # batches of one order
+    for start in range(0, steps, once):
+        order = rows[start : start + once].reshape(-1)
+        assert len(set(order.tolist())) == len(order)
+    assert steps < 2 or not np.array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows, _loop.batches(steps, count, size, jax.random.key(0)))
+
+
 def test_a_relative_error_does_not_know_the_scale():
     target, output = jax.random.normal(jax.random.key(0), (8, 5, 3)), jax.random.normal(jax.random.key(1), (8, 5, 3))
     one, large = (solvers.relative_error(s * output, s * target, None) for s in (1.0, 1e3))

@@ -133,7 +133,8 @@ def _update(static, state, fixed, batch, key, i):
 def batches(steps: int, count: int, size: int, key: jax.Array) -> np.ndarray:
     """Which of `count` examples each step learns from, (steps, size): all of them once in random order, then again in another.
 
-    What does not fill a batch is left to the next order. Drawn before the loop: an order of 1,792 takes a CPU 0.8 ms, a third of a small block's step.
+    What does not fill a batch is left to the next order. Drawn before the loop: to order 1,792 examples at each step took a CPU a quarter of
+    ResNet-20's default run.
     """
     size = min(size, count)
     keys = jax.random.split(key, -(-steps // (count // size)))
