@@ -131,20 +131,17 @@ def _update(static, state, fixed, batch, key, i):
 
 
 def batches(steps: int, count: int, size: int, key: jax.Array) -> np.ndarray:
-    """Which of `count` examples each step learns from, (steps, size): all of them once in random order, then again in another.
+    """Which of `count` examples each step learns from, (steps, size): no example twice in a batch, each batch drawn for itself.
 
-    What does not fill a batch is left to the next order. Drawn before the loop: to order 1,792 examples at each step took a CPU a quarter of
-    ResNet-20's default run.
+    Drawn before the loop, and by the largest of random numbers: to order 1,792 examples at each step took a CPU a quarter of ResNet-20's
+    default run.
     """
-    size = min(size, count)
-    keys = jax.random.split(key, -(-steps // (count // size)))
-    orders = np.asarray(_orders(keys, count))
-    return orders[:, : count // size * size].reshape(-1, size)[:steps]
+    return np.asarray(_batches(jax.random.split(key, steps), count, min(size, count)))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _orders(keys, count: int):
-    return jax.lax.map(lambda key: jax.random.permutation(key, count), keys)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _batches(keys, count: int, size: int):
+    return jax.lax.map(lambda key: jax.lax.top_k(jax.random.uniform(key, (count,)), size)[1], keys)
 
 
 def _take_and_update(static: Static, state, fixed, data, rows, key, i):
