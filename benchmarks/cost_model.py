@@ -100,7 +100,8 @@ def measure(shape: Shape, batch: int) -> tuple[float, float]:
     images = rng.normal(size=(72, shape.side, shape.side, shape.convolutions[0].ins)).astype(np.float32)
     program, state, fixed = start(shape, params, images, batch)
     order = batches(ITERATIONS, len(fixed["inputs"]), batch, jax.random.key(0))
-    run = Step(program, batch, fast_op).one.lower(Step(program, batch, fast_op), state, fixed, order[0]).compile()
+    step = Step(program, fast_op)
+    run = step.one.lower(step, state, fixed, order[0]).compile()
     spans = []
     for rows in order:
         began = time.process_time()

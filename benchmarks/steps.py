@@ -142,7 +142,6 @@ class Step:
     """One iteration on a traced block, jitted. `on_op`: by which means ops are run."""
 
     program: Program
-    batch: int
     on_op: Callable | None
 
     def update(self, state, fixed, rows):
@@ -187,9 +186,9 @@ def start(shape: Shape, params, images: np.ndarray, batch: int):
     return block.program, (variables, optax.adam(LEARNING_RATE).init(variables)), fixed
 
 
-def ours(step: Step, state, fixed, iterations: int) -> Iterator[list[float]]:
+def ours(step: Step, batch: int, state, fixed, iterations: int) -> Iterator[list[float]]:
     """Milliseconds of `iterations` iterations, again and again. The first round compiles, and is not given."""
-    order, on_cpu = batches(iterations, len(fixed["inputs"]), step.batch, jax.random.key(0)), jax.default_backend() == "cpu"
+    order, on_cpu = batches(iterations, len(fixed["inputs"]), batch, jax.random.key(0)), jax.default_backend() == "cpu"
     state = jax.tree.map(jnp.copy, state)  # the state is donated
     state = jax.block_until_ready(step.one(state, fixed, order[0]) if on_cpu else step.many(state, fixed, order))
     while True:
@@ -220,7 +219,7 @@ def measure(args, shape: Shape, folder: pathlib.Path) -> dict[str, float]:
     images = rng.normal(size=(IMAGES + HELD_OUT, shape.side, shape.side, shape.convolutions[0].ins)).astype(np.float32)
     program, state, fixed = start(shape, params, images, args.batch)
     means = {"ours": fast_op, "xla": None}
-    rounds = {name: ours(Step(program, args.batch, means[name]), state, fixed, args.iterations) for name in means if name not in args.skip}
+    rounds = {name: ours(Step(program, means[name]), args.batch, state, fixed, args.iterations) for name in means if name not in args.skip}
     if args.reference:
         np.savez(folder / "problem.npz", **shape.problem(params, images))
         rounds["official"] = official(args, folder / "problem.npz")

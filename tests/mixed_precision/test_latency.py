@@ -1,5 +1,7 @@
 """Latencies are those of the device's own programs, and what a plan costs follows from them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,7 +9,7 @@ import pytest
 import brecq_jax
 from brecq_jax import mixed_precision
 from brecq_jax.formats import Uniform
-from brecq_jax.mixed_precision import FLOAT_BITS, Budget, SystolicArray
+from brecq_jax.mixed_precision import FLOAT_BITS, Budget, SystolicArray, latency
 from brecq_jax.models import DigitsNet
 
 
@@ -33,6 +35,14 @@ def test_a_table_has_every_op_at_every_pair_and_equal_ops_are_measured_once(grap
     for w, a in ((3, 8), (8, 32), (32, 32)):
         assert table["wide0", w, a] == table["wide1", w, a]  # which op is slower depends on what else the machine does
     assert min(table.values()) >= 0  # an op that takes less than the noise of two measurements
+
+
+@pytest.mark.parametrize(("of_the_op", "of_nothing", "us"), [(5e-6, 2e-6, 3.0), (2e-6, 5e-6, 0.0)])
+def test_a_latency_is_the_time_of_the_op_less_that_of_nothing_shared_out_over_the_batch(graph, monkeypatch, of_the_op, of_nothing, us):
+    clock = itertools.cycle([of_the_op, of_nothing])
+    monkeypatch.setattr(latency, "_seconds", lambda call: next(clock))
+    table = mixed_precision.measure_latency(graph, (8,), (8,), rounds=3, progress=False)
+    assert table == {(name, 8, 8): pytest.approx(us / 64) for name in ("small", "wide0", "wide1", "depthwise")}
 
 
 def test_slices_of_a_scanned_stack_are_one_measurement():
