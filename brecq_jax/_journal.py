@@ -20,6 +20,7 @@ import os
 import pathlib
 import socket
 import types
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -173,7 +174,7 @@ def remembered(path: pathlib.Path, types: Any, compute: Callable[[], Any]) -> An
         return _tree_of(packed, types)
     found = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = path.with_name(f"{path.name}.{os.getpid()}")  # another process may be writing the same
+    mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another process, of another host too, may be writing the same
     write_whole(mine, _sealed(_bytes_of(found)))
     mine.rename(path)
     return found
@@ -213,6 +214,22 @@ def _everywhere(packed: bytes | None) -> bytes | None:
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 
 
+def check_same_everywhere(parts: Mapping[str, str]):
+    """Every process of the run has the same parts ({part: SHA-256}).
+
+    Raises:
+      ValueError: one has others, in every process.
+    """
+    mine = np.frombuffer(bytes.fromhex("".join(parts.values())), np.uint8).reshape(len(parts), DIGEST)
+    there = multihost_utils.process_allgather(mine)
+    other = [name for name, differ in zip(parts, (there != there[0]).any((0, 2)), strict=True) if differ]
+    if other:
+        raise ValueError(
+            f"quantize: the {len(there)} processes of this run were given other {', '.join(other)}. Give each the same arguments, and the whole "
+            "calibration set, not a share of it: devices share it out themselves."
+        )
+
+
 def digest(*values: Any) -> str:
     """SHA-256 of values that are made of numbers, text, arrays, containers, dataclasses and functions.
 
@@ -235,7 +252,8 @@ def _feed(total, x: Any, outside: tuple[int, ...]):
     elif isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         feed(jax.random.key_data(x))
     elif hasattr(x, "dtype") and hasattr(x, "shape"):
-        total.update(f"{jnp.dtype(x.dtype).name}{x.shape}".encode() + np.asarray(x).tobytes())
+        total.update(f"{jnp.dtype(x.dtype).name}{x.shape}".encode())
+        total.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))  # no copy of a calibration set
     elif isinstance(x, Mapping):
         feed(list(x.items()))
     elif isinstance(x, (list, tuple)):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from brecq_jax import data, solvers
 from brecq_jax._blocks import partition
 from brecq_jax._graph import Graph, leaf_names
-from brecq_jax._journal import digest, opened
+from brecq_jax._journal import check_same_everywhere, digest, opened
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
@@ -77,7 +77,7 @@ def quantize(
 
     Raises:
       ValueError, TypeError: bad params, calibration set (fewer than 8 examples, too), rules or program, before any work;
-        `resume` has blocks of another run.
+        `resume` has blocks of another run; the processes of a run have other arguments.
       FileExistsError: another process works in `resume`.
       OSError: `resume` could not be written, as on a full disk; what was kept until then is there still.
     """
@@ -96,6 +96,8 @@ def quantize(
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
     guess = Quantized(params, {}, Program(apply_fn, sites, plan.whole_values))
     problem = dataclasses.replace(problem, plan=plan)
+    if jax.process_count() > 1:
+        check_same_everywhere(_made_of(problem, solver, key))
     with opened(resume, lambda: _made_of(problem, solver, key)) as journal, bar(progress) as show:
         if journal and progress:
             print(f"resume: {journal.kept} finished blocks are kept in {resume}")
@@ -157,7 +159,7 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
         "blocks": digest(problem.blocks),
         "solver": digest(solver),
         "loss": digest(problem.loss),
-        "memory_budget_gb": digest(problem.memory_budget_gb),
+        "memory_budget_gb": digest(problem.memory_budget_gb if problem.bfloat16_caches else None),  # what is computed again is not rounded
         "bfloat16_caches": digest(problem.bfloat16_caches),
         "key": digest(key),
         "library": digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))]),

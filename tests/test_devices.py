@@ -115,6 +115,16 @@ def test_two_processes_give_the_codes_of_one(tmp_path):
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
 
+def test_processes_with_other_calibration_sets_are_refused(tmp_path):
+    (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
+    words = [sys.executable, "-m", "brecq_jax", f"--config={tmp_path / 'config.py'}", "--quiet", f"--workdir={tmp_path / 'run'}"]
+    at = free_address()
+    pair = [subprocess.Popen([*words, f"--process={i}/2@{at}", f"--config.count={45 + i}"], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    for process in pair:
+        _, told = process.communicate(timeout=600)
+        assert process.returncode != 0 and "the 2 processes of this run were given other calib_ds. Give each the same" in told
+
+
 READ = """
     import sys
     import jax

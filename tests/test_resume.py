@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,6 @@ def with_a_loss(weight):
         ("loss", lambda: {"loss": with_a_loss(2.0)}),
         ("key", lambda: {"key": jax.random.key(1)}),
         ("blocks", lambda: {"blocks": "net"}),
-        ("memory_budget_gb", lambda: {"memory_budget_gb": 1.0}),
         ("bfloat16_caches", lambda: {"bfloat16_caches": True}),
     ],
 )
@@ -166,6 +166,15 @@ def test_blocks_of_another_run_are_refused_and_what_differs_is_named(tmp_path, l
     with pytest.raises(ValueError, match=f"with other {part}. Give the command"):
         quantize(tmp_path, **change())
     assert not learned
+
+
+def test_a_run_goes_on_with_less_memory(tmp_path, learned):
+    quantize(tmp_path, memory_budget_gb=1.0)
+    learned.clear()
+    assert_same(quantize(tmp_path, memory_budget_gb=0.5))
+    assert not learned
+    with pytest.raises(ValueError, match="with other bfloat16_caches, memory_budget_gb. Give"):  # codes depend on where such caches are
+        quantize(tmp_path, memory_budget_gb=0.5, bfloat16_caches=True)
 
 
 def test_digests_follow_functions_to_what_they_close_over():
@@ -181,6 +190,15 @@ def test_digests_follow_functions_to_what_they_close_over():
     assert digest([1, 2], 3) != digest([1], 2, 3)
     with pytest.raises(TypeError, match="a Generator cannot be compared"):
         digest(np.random.default_rng(0))
+
+
+def test_a_digest_copies_no_array():
+    large = np.zeros((100, 1000))
+    tracemalloc.start()
+    digest(large)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < large.nbytes / 10
 
 
 def test_digests_are_the_same_in_another_process():

@@ -76,8 +76,24 @@ def materialize(
     if count < min_examples:
         wanted = "one" if min_examples == 1 else min_examples
         raise ValueError(f"calib_ds: the inputs hold {count} examples on axis 0. Pass at least {wanted}.")
-    # One array alone is held as it is; a copy would double what a large set takes.
-    return Examples(parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), count)
+    return Examples(_joined(parts), count)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """All parts as one, which are given up one by one: a large set is not held twice."""
+    if len(parts) == 1:
+        return parts[0]
+    tree, count = jax.tree.structure(parts[0]), sum(len(jax.tree.leaves(part)[0]) for part in parts)
+    found = [np.empty((count, *a.shape[1:]), a.dtype) for a in jax.tree.leaves(parts[0])]
+    parts.reverse()
+    first = 0
+    while parts:
+        leaves = jax.tree.leaves(parts.pop())
+        last = first + len(leaves[0])
+        for whole, a in zip(found, leaves, strict=True):
+            whole[first:last] = a
+        first = last
+    return jax.tree.unflatten(tree, found)
 
 
 @dataclasses.dataclass(frozen=True)
