@@ -3,11 +3,13 @@
     y = A · (Σ x·w + K) + B,      code = clip(round(A' · (Σ x·w + K) + B'), low, high)
 
 x and w are int8: codes less their zero point where that fits (7 bits and fewer), else less 128. K is an integer that makes
-up for what is left of the zero points; A and B hold both scales, a bias and batch norm: every affine step per channel that
+up for what is left of the zero points. Of a weight that is a sum, w = Σ_p ratio_p · w_p, the bracket is Σ_p ratio_p · (Σ x·w_p + K_p), a
+product of integers for each term and a float sum of them. A and B hold both scales, a bias and batch norm: every affine step per channel that
 follows the op and alone reads it. The second form is for an op whose result is only ever read as codes: A' = A / scale.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -18,8 +20,8 @@ import numpy as np
 from brecq_jax._graph import Graph, Op
 from brecq_jax._interpret import Block, Program
 from brecq_jax._jaxpr import STRUCTURAL, Step
-from brecq_jax._qarray import QArray, from_rows
-from brecq_jax.formats import Affine, Grid, PerToken, Sparq, Uniform
+from brecq_jax._qarray import QArray, from_rows, to_rows
+from brecq_jax.formats import Affine, Grid, PerToken, Sparq, SumOfIntegers, Uniform
 
 AFFINE = ("add", "sub", "mul", "div", "neg")
 CLIPPING = ("max", "min", "clamp", "custom_jvp_call")  # what relu, relu6 and clip are made of; each is tried on PROBES
@@ -100,7 +102,7 @@ def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[
         return "a lookup multiplies nothing"
     if weight is None:
         return "its weight is float"
-    if not isinstance(weight.format, Uniform):
+    if not isinstance(weight.format, Uniform | SumOfIntegers):
         return f"its points are those of {type(weight.format).__name__}, and not evenly spaced"
     if isinstance(weight.format, Affine):
         return "the zero point of its weight is no integer"
@@ -124,11 +126,18 @@ def why_float(reading: Reading, op: Op, weight: QArray | None, formats: Mapping[
     return None
 
 
-def weight_codes(reading: Reading, op: Op, weight: QArray) -> jax.Array:
-    """The weight as the op reads it, in int8: codes less the zero point, or less 128 for 8 bits."""
+def integer_terms(reading: Reading, op: Op, weight: QArray) -> list[jax.Array]:
+    """The weight as the op reads it, in int8: codes less the zero point, or less 128 for 8 bits. A sum of integers: each of them."""
+    return [_through(reading.chain(op), levels) for levels, _ in _terms(weight)]
+
+
+def _terms(weight: QArray) -> list[tuple[jax.Array, jax.Array]]:
+    """(int8 levels in the weight's shape, scale that broadcasts against them) of each term."""
+    if isinstance(weight.format, SumOfIntegers):
+        levels, scales = weight.format.integers(to_rows(weight.codes, weight.channel_axes), weight.grid)
+        return [(from_rows(level, weight.shape, weight.channel_axes), _broadcastable(scale, weight)) for level, scale in zip(levels, scales, strict=True)]
     shift = 128 if weight.format.bits == 8 else _broadcastable(weight.grid.zero_point, weight).astype(jnp.int16)
-    codes = (weight.codes.astype(jnp.int16) - shift).astype(jnp.int8)
-    return _through(reading.chain(op), codes)
+    return [((weight.codes.astype(jnp.int16) - shift).astype(jnp.int8), _broadcastable(weight.grid.scale, weight))]
 
 
 def left_over(zero_point, bits: int):
@@ -137,7 +146,7 @@ def left_over(zero_point, bits: int):
 
 
 def encode(x, grid: Grid, bits: int, low=None, high=None):
-    """int8 codes of x, shifted as `weight_codes` says; halves to even. `low`, `high`: further bounds, in steps from zero."""
+    """int8 codes of x, shifted as `integer_terms` says; halves to even. `low`, `high`: further bounds, in steps from zero."""
     steps = jnp.round(x.astype(jnp.float32) / grid.scale)
     bounds = -grid.zero_point, 2**bits - 1 - grid.zero_point
     if low is not None:
@@ -146,22 +155,34 @@ def encode(x, grid: Grid, bits: int, low=None, high=None):
 
 
 def op_constants(reading: Reading, op: Op, weight: QArray, grid: Grid, bits: int, value_of) -> dict:
-    """Arrays of an op for `choose`: scale, offset, and what the steps after it do. Traced; `value_of(id)`: a parameter-derived value.
+    """Arrays of an op for `choose`: scale, ratios, offsets, and what the steps after it do. Traced; `value_of(id)`: a parameter-derived value.
 
     `uniform`: whether one scale and zero point serve each sum. `affine`: (A, B, per channel?) after each follower.
     """
-    shape = reading.graph.flat.types[op.weight_value].shape
-    full = (jnp.broadcast_to(_broadcastable(g, weight), weight.shape) for g in weight.grid)
-    scale, zero = (_through(reading.chain(op), g) for g in full)
+    shape, chain = reading.graph.flat.types[op.weight_value].shape, reading.chain(op)
     summed = tuple(a for a in range(len(shape)) if a not in _kept(reading, op))
     first = tuple(0 if a in summed else slice(None) for a in range(len(shape)))
-    uniform = jnp.all(scale == scale.max(summed, keepdims=True)) & jnp.all(zero == zero.max(summed, keepdims=True))
-    weight_zero, input_zero = left_over(zero[first], weight.format.bits), left_over(grid.zero_point, bits)
-    sums = weight_codes(reading, op, weight).sum(summed, dtype=jnp.int32)
-    terms = math.prod(shape[a] for a in summed)
-    offset = input_zero * (terms * weight_zero - sums)
-    scale, weight_zero, offset = (_as_output(reading, op, a) for a in (scale[first] * grid.scale, weight_zero, offset))
-    return {"uniform": uniform, "weight_zero": weight_zero, "offset": offset, "affine": _affine(reading, op, scale, value_of)}
+
+    def along(per_row):
+        """A number per channel as the op reads it: (of each sum, whether it is the same for all that the sum adds)."""
+        full = _through(chain, jnp.broadcast_to(per_row, weight.shape))
+        return full[first], jnp.all(full == full.max(summed, keepdims=True))
+
+    terms = [(_through(chain, levels), *along(scale)) for levels, scale in _terms(weight)]
+    is_sum = isinstance(weight.format, SumOfIntegers)  # its levels are about zero
+    zero, same_zero = along(jnp.int32(0) if is_sum else _broadcastable(weight.grid.zero_point, weight))
+    weight_zero, input_zero = left_over(zero, 0 if is_sum else weight.format.bits), left_over(grid.zero_point, bits)
+    count = math.prod(shape[a] for a in summed)
+    offsets = [input_zero * (count * weight_zero - levels.sum(summed, dtype=jnp.int32)) for levels, _, _ in terms]
+    base = terms[0][1]
+    scale, weight_zero = (_as_output(reading, op, a) for a in (base * grid.scale, weight_zero))
+    return {
+        "uniform": functools.reduce(jnp.logical_and, (same for _, _, same in terms), same_zero),
+        "weight_zero": weight_zero,
+        "offsets": [_as_output(reading, op, a) for a in offsets],
+        "ratios": [_as_output(reading, op, scale / base) for _, scale, _ in terms[1:]],
+        "affine": _affine(reading, op, scale, value_of),
+    }
 
 
 def _affine(reading: Reading, op: Op, scale, value_of) -> list:

@@ -17,11 +17,11 @@ from brecq_jax._model import Program, Quantized, quantize_hooks, slice_qarray
 from brecq_jax._qarray import QArray, is_qarray
 from brecq_jax.deploy import _integer_ops
 from brecq_jax.deploy._lowering import (
-    Reading, Taken, clip_bounds, encode, left_over, op_constants, rewrite, weight_codes, why_float,
+    Reading, Taken, clip_bounds, encode, integer_terms, left_over, op_constants, rewrite, why_float,
 )  # fmt: skip
 from brecq_jax.deploy._tiles import tiled_conv, tiled_dot
 from brecq_jax.deploy.packing import pack, unpack
-from brecq_jax.formats import Format, Grid
+from brecq_jax.formats import Format, Grid, Uniform
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("packed", "grid"), meta_fields=("shape", "format", "channel_axes", "dtype"))
@@ -48,9 +48,11 @@ class PackedArray:
         """
         # The barrier keeps the bytes of an exported program bytes: XLA would compute with constants while it compiles.
         packed = jax.lax.optimization_barrier(self.packed)
-        packed = packed if after is None else packed | _zero_of(after)
-        codes = unpack(packed, self.format.bits, math.prod(self.shape)).reshape(self.shape)
-        return QArray(codes, self.grid, self.format, self.channel_axes, self.dtype)
+        zero = jnp.uint8(0) if after is None else _zero_of(after)
+        codes = unpack(packed | zero, self.format.bits, math.prod(self.shape)).reshape(self.shape)
+        # Of a sum of points the grid holds codes, too.
+        grid = jax.tree.map(lambda g: g | zero.astype(g.dtype) if jnp.issubdtype(g.dtype, jnp.integer) else g, self.grid)
+        return QArray(codes, grid, self.format, self.channel_axes, self.dtype)
 
     def slice(self, weight: Weight) -> "PackedArray":
         """law: its qarray() is `slice_qarray(self.qarray(), weight)`. Of a stack, the bytes of that slice, where no byte belongs to two."""
@@ -121,7 +123,7 @@ class Integer:
 
 
 def to_integer(quantized: Quantized, inputs: Any) -> Integer:
-    """The model with int8 × int8 → int32 products and convolutions wherever its plan allows.
+    """The model with int8 × int8 → int32 products and convolutions wherever its plan allows; a sum of points is a sum of products.
 
         integer = brecq_jax.deploy.to_integer(quantized, images[:1])
         logits = integer(images)
@@ -190,7 +192,8 @@ def _choose(reading: Reading, op: Op, found, clip, able: set[str], quantized: Qu
     affine_steps, clipping = reading.steps_after(op)
     affine = max(n for n, (_, _, per_channel) in enumerate(found["affine"]) if per_channel)
     scale, bias, _ = found["affine"][affine]
-    arrays = {"scale": scale, "bias": bias, "offset": found["offset"], "weight_zero": found["weight_zero"]}
+    ratios = [ratio for ratio in found["ratios"] if ratio.any()]  # points that no channel has are behind those that some have
+    arrays = {"scale": scale, "bias": bias, "offsets": found["offsets"][: 1 + len(ratios)], "ratios": ratios, "weight_zero": found["weight_zero"]}
     clips = len(clipping) if clip is not None and clip[0] and affine == len(affine_steps) else 0
     end = [reading.step(op), *affine_steps[:affine], *clipping[:clips]][-1]
     readers = reading.read_as_codes_by(end.outputs[0])
@@ -273,15 +276,19 @@ def _integer_op(reading: Reading, op: Op, x, weight: QArray, integer: Integer, t
     step, arrays, formats = reading.step(op), integer.ops[op.name], dict(integer.program.sites)
     grid, bits = _scalars(integer.activations[op.site]), formats[op.site].bits
     x = x if x.dtype == jnp.int8 else encode(x, grid, bits)
-    w = weight_codes(reading, op, weight)
-    zero = arrays["weight_zero"] if weight.format.bits == 8 and not weight.format.symmetric else None
+    zero = arrays["weight_zero"] if type(weight.format) is Uniform and weight.format.bits == 8 and not weight.format.symmetric else None
     if op.kind == "conv":
-        sums = _integer_ops.conv(step, _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8)), w, zero)
-    else:
-        sums = _integer_ops.dot(step, x, w, op.data_position, zero)
-    if bits == 8:
-        sums += arrays["offset"]
-    y = sums.astype(jnp.float32) * arrays["scale"] + arrays["bias"]
+        x = _padded(step, x, left_over(grid.zero_point, bits).astype(jnp.int8))
+
+    def product(w, offset):
+        sums = _integer_ops.conv(step, x, w, zero) if op.kind == "conv" else _integer_ops.dot(step, x, w, op.data_position, zero)
+        return (sums + offset if bits == 8 else sums).astype(jnp.float32)
+
+    terms = integer_terms(reading, op, weight)[: len(arrays["offsets"])]  # no channel has points behind these
+    total, *others = map(product, terms, arrays["offsets"])
+    for ratio, sums in zip(arrays["ratios"], others, strict=True):
+        total += ratio * sums
+    y = total * arrays["scale"] + arrays["bias"]
     if taken.codes_for is None:
         return y.astype(reading.graph.flat.types[step.outputs[0]].dtype)
     given = _scalars(integer.activations[taken.codes_for])

@@ -1,6 +1,6 @@
 """Number formats: array mathematics on rows of shape (channels, elements). Knows nothing of models."""
 
-from brecq_jax.formats._format import Format, Grid, ScalarFormat
+from brecq_jax.formats._format import Format, Grid, ScalarFormat, SumOfIntegers
 from brecq_jax.formats.affine import Affine, mean_corrected
 from brecq_jax.formats.binary import Binary, Ternary
 from brecq_jax.formats.codebooks import ClusterCodebook, RowCodebook
@@ -12,5 +12,5 @@ from brecq_jax.formats.uniform import LpRange, MinMax, TailRange, Uniform, fake_
 
 __all__ = [
     "Affine", "Binary", "ClusterCodebook", "Format", "GreedyRange", "Grid", "LpRange", "MinMax", "Multipoint", "PerToken", "RowCodebook", "RowUniform",
-    "ScalarFormat", "Sparq", "TailRange", "Ternary", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
+    "ScalarFormat", "Sparq", "SumOfIntegers", "TailRange", "Ternary", "Uniform", "activation_grid", "fake_quantize", "mean_corrected",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Num, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Num, UInt8
 
 SCALES_NEAR = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)  # a range fitted to weights alone is often too narrow for what they make: measured
 
@@ -77,3 +77,13 @@ class ScalarFormat(Format):
 
         Outside the range both are the end point, and rounding has nothing to choose.
         """
+
+
+class SumOfIntegers(ScalarFormat):
+    """A scalar format whose rows are Σ_p scale_p · level_p: what multiplies them is a sum of integer products."""
+
+    @abc.abstractmethod
+    def integers(
+        self, codes: UInt8[Array, "channels elements"], grid: tuple
+    ) -> tuple[Int8[Array, "terms channels elements"], Float32[Array, "terms #channels"]]:
+        """(levels, scales): decode(codes, grid)[c] = Σ_p scales[p, c] · levels[p, c]. The first term's scale is never 0."""

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Num, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Num, UInt8
 
-from brecq_jax.formats._format import ScalarFormat
+from brecq_jax.formats._format import SumOfIntegers
 from brecq_jax.formats.uniform import SCALE_FLOOR
 
 THRESHOLD = 0.7  # of mean|w|: what is smaller becomes zero. TWN
@@ -33,7 +33,7 @@ class BinaryGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ternary(ScalarFormat):
+class Ternary(SumOfIntegers):
     """w ≈ scale · (code − 1), code in {0, 1, 2}, written in two bits: scale · sign(w) where |w| > 0.7 · mean|w|, else zero.
 
     scale is the mean of |w| over what is not zero. The threshold is close to scale / 2, where rounding to the nearest point
@@ -80,6 +80,12 @@ class Ternary(ScalarFormat):
         """scale · (code − 1). Float codes are points between the points."""
         return grid.scale[..., 0] * (codes.astype(jnp.float32) - grid.zero_point[..., 0])
 
+    def integers(
+        self, codes: UInt8[Array, "channels elements"], grid: TernaryGrid
+    ) -> tuple[Int8[Array, "1 channels elements"], Float32[Array, "1 #channels"]]:
+        """Levels −1, 0 and 1 of the one term, and its scale."""
+        return (codes.astype(jnp.int8) - 1)[None], grid.scale[None, :, 0, 0]
+
     def of_group(self) -> "Ternary":
         """The same with one scale for each row."""
         return Ternary()
@@ -98,7 +104,7 @@ class Ternary(ScalarFormat):
 
 
 @dataclasses.dataclass(frozen=True)
-class Binary(ScalarFormat):
+class Binary(SumOfIntegers):
     """w ≈ Σ_p a_p s_p: one or two points, each a sign for every weight and a scale for each row or the tensor.
 
     One point is BWN: a = mean|w|, s = sign(w). A second one does the same for what the first left over. This is `Multipoint` at
@@ -159,6 +165,14 @@ class Binary(ScalarFormat):
             return grid.scale[..., 0] * (2 * codes - 1)
         ends = jnp.clip(codes, 0, 1) + jnp.clip(codes - 2, 0, 1)  # of the steps, the first and the last one
         return grid.scale[..., 0] * (2 * ratio * (ends - 1) + (1 - ratio) * (2 * jnp.clip(codes - 1, 0, 1) - 1))
+
+    def integers(
+        self, codes: UInt8[Array, "channels elements"], grid: BinaryGrid
+    ) -> tuple[Int8[Array, "points channels elements"], Float32[Array, "points #channels"]]:
+        """Levels −1 and 1 of each point, the larger first, and their scales."""
+        levels = [2 * ((codes >> bit) & 1).astype(jnp.int8) - 1 for bit in reversed(range(self.points))]
+        scale = grid.scale[:, 0, 0]
+        return jnp.stack(levels), jnp.stack([scale, scale * grid.ratio[:, 0, 0]][: self.points])
 
     def of_group(self) -> "Binary":
         """The same with one scale for each row and point."""

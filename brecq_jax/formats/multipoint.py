@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Int8, Num, UInt8
 
-from brecq_jax.formats._format import ScalarFormat
+from brecq_jax.formats._format import SumOfIntegers
 from brecq_jax.formats.uniform import SCALE_FLOOR
 
 CANDIDATES = 400  # scales that the l2 search tries, evenly spaced up to the residual's largest value
@@ -31,7 +31,7 @@ class PointGrid(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Multipoint(ScalarFormat):
+class Multipoint(SumOfIntegers):
     """w ≈ Σ_i a_i w_i: each w_i on the symmetric grid of 2^bits − 1 levels in [−1, 1], each a_i a float of its channel.
 
     Points are found greedily, each for what the ones before left over. A channel has the fewest points, `points` at most, that

@@ -7,7 +7,8 @@ import pytest
 
 from brecq_jax.deploy import pack, unpack
 from brecq_jax.formats import (
-    Affine, Binary, ClusterCodebook, GreedyRange, LpRange, MinMax, Multipoint, RowCodebook, RowUniform, ScalarFormat, Ternary, Uniform,
+    Affine, Binary, ClusterCodebook, GreedyRange, LpRange, MinMax, Multipoint, RowCodebook, RowUniform, ScalarFormat,
+    SumOfIntegers, Ternary, Uniform,
 )  # fmt: skip
 
 FORMATS = [
@@ -47,6 +48,7 @@ CHANNELS, ELEMENTS = 6, 48
 
 every_format = pytest.mark.parametrize("format", FORMATS, ids=str)
 scalar_format = pytest.mark.parametrize("format", [f for f in FORMATS if isinstance(f, ScalarFormat)], ids=str)
+sum_of_integers = pytest.mark.parametrize("format", [f for f in FORMATS if isinstance(f, SumOfIntegers)], ids=str)
 # Affine grids miss zero, rows of tables begin at their least value, Multipoint's points differ by element, and float16 has its own smallest number.
 through_zero = pytest.mark.parametrize("format", [f for f in FORMATS if type(f) is Uniform], ids=str)
 zero_stays = pytest.mark.parametrize("format", [f for f in FORMATS if type(f) in (Uniform, Multipoint, Ternary)], ids=str)
@@ -98,6 +100,16 @@ def test_encoding_then_decoding_a_code_returns_it(format):
     for code in every_code(format)[jnp.array([0, 1, 2, -1])]:
         codes = jnp.full((CHANNELS, ELEMENTS), code, jnp.uint8)
         np.testing.assert_array_equal(format.encode(format.decode(codes, grid), grid), codes)
+
+
+@sum_of_integers
+def test_points_are_sums_of_integers(format):
+    grid = format.fit(rows())
+    codes = format.encode(probes(), grid)
+    levels, scales = format.integers(codes, grid)
+    assert levels.dtype == jnp.int8 and scales[0].all()
+    table = format.decode(codes, grid)
+    np.testing.assert_allclose((levels * scales[..., None]).sum(0), table, atol=1e-6 * np.abs(table).max())
 
 
 @every_format
