@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from brecq_jax import data
 from brecq_jax._calibrate import fisher, learned_outputs
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import param_values
+from brecq_jax._journal import write_whole
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, make_plan
 from brecq_jax._progress import bar
@@ -37,6 +39,7 @@ class Sensitivities:
     `weights`, `activations`: the choices, fewest bits first. `losses`: decision -> loss of each choice, all else float; a
     decision is a parameter by name (all its slices, if a scan stacks them), or `reads NAME`. `interactions`: what a set of
     weights of one block loses together beyond its parts and the sets within it. `preset`: what it fixes was not measured.
+    `measured_with`: for people and for who reads a file; `measure` notes error, solver and examples. No search looks at it.
 
     Source: BRECQ's mixed precision (https://arxiv.org/abs/2102.05426): all choices of a layer alone, 2-bit choices of a block's layers
     together. There is no code of theirs. Here a set has its increment over the sets within it, so that one that was not tried still
@@ -48,22 +51,37 @@ class Sensitivities:
     losses: Mapping[str, tuple[float, ...]]
     interactions: Mapping[tuple[str, ...], float]
     preset: str | None
+    measured_with: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | pathlib.Path):
-        """Write JSON."""
+        """Write JSON, all of the file or nothing of it."""
         record = dataclasses.asdict(self) | {
             "weights": list(map(to_record, self.weights)), "activations": list(map(to_record, self.activations)),
             "interactions": [[list(names), value] for names, value in self.interactions.items()],
         }  # fmt: skip
-        pathlib.Path(path).write_text(json.dumps(record, indent=1))
+        path = pathlib.Path(path)
+        mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another process may be writing the same
+        write_whole(mine, json.dumps(record, indent=1).encode())
+        mine.rename(path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "Sensitivities":
-        """The inverse of save."""
-        record = json.loads(pathlib.Path(path).read_text())
+        """The inverse of save. Older files lack `measured_with`, which is empty then.
+
+        Raises:
+          ValueError: a file of something else, or a format that is unknown.
+        """
+        try:
+            record = json.loads(pathlib.Path(path).read_text())
+        except ValueError as error:  # no JSON, or no text
+            raise ValueError(f"Sensitivities.load: {path} is no JSON ({error}). Give a file that Sensitivities.save wrote.") from None
+        wanted = {field.name for field in dataclasses.fields(cls)} - {"measured_with"}
+        if not isinstance(record, dict) or not wanted <= set(record):
+            raise ValueError(f"Sensitivities.load: {path} holds no sensitivities. Give a file that Sensitivities.save wrote.")
         weights, activations = (tuple(map(from_record, record[kind])) for kind in ("weights", "activations"))
         losses = {name: tuple(values) for name, values in record["losses"].items()}
-        return cls(weights, activations, losses, {tuple(names): value for names, value in record["interactions"]}, record["preset"])
+        interactions = {tuple(names): value for names, value in record["interactions"]}
+        return cls(weights, activations, losses, interactions, record["preset"], record.get("measured_with", {}))
 
 
 def divergence(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
@@ -128,12 +146,19 @@ def measure(
         problem = dataclasses.replace(problem, plan=plan)
         candidates = _round_choices(problem, graph, weights, activations, solver or nearest(), key_solver)
         losses, interactions = _walk(problem, graph, candidates, _open(graph, plan, weights, activations), error, key_fisher)
-    return Sensitivities(weights, activations, {n: tuple(map(float, v)) for n, v in losses.items()}, interactions, preset)
+    found = {name: tuple(map(float, own)) for name, own in losses.items()}
+    noted = {"error": getattr(error, "__name__", type(error).__name__), "solver": _maker(solver or nearest()), "examples": problem.count}
+    return Sensitivities(weights, activations, found, interactions, preset, noted)
 
 
 def decision(graph: Graph, weight: str) -> str:
     """The name under which a weight's format is decided: its parameter's."""
     return graph.leaves[graph.weights[weight].leaf][0]
+
+
+def _maker(solver: Solver) -> str:
+    """The function that made a solver: `reconstruct`, of `solvers.annealed()` and its like."""
+    return getattr(solver, "__qualname__", type(solver).__qualname__).split(".")[0]
 
 
 def _open(graph: Graph, plan: Plan, weights, activations) -> set[str]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
+from brecq_jax.__main__ import load_config
 from brecq_jax._calibrate import Hooks, forward, learned_outputs
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem
@@ -101,8 +104,62 @@ def test_side_by_side_is_one_by_one(digits, found, monkeypatch):
 
 
 def test_a_file_holds_them(found, tmp_path):
-    found.save(tmp_path / "sensitivities.json")
-    assert mixed_precision.Sensitivities.load(tmp_path / "sensitivities.json") == found
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+    assert mixed_precision.Sensitivities.load(path) == found
+    assert found.measured_with == {"error": "squared_error", "solver": "nearest", "examples": COUNT}
+    assert list(tmp_path.iterdir()) == [path]  # nothing is left of writing it
+
+
+def test_a_file_that_was_not_written_whole_leaves_the_old_one(found, tmp_path, monkeypatch):
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(found, losses={}).save(path)
+    assert mixed_precision.Sensitivities.load(path) == found
+
+
+def test_a_file_from_before_what_it_was_measured_with_was_noted_is_read(found, tmp_path):
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "measured_with"}))
+    assert mixed_precision.Sensitivities.load(path) == dataclasses.replace(found, measured_with={})
+
+
+@pytest.mark.parametrize(("text", "words"), [('{"weights": []}', "holds no sensitivities"), ("[]", "holds no sensitivities"), ("layer,us\n", "is no JSON")])
+def test_a_file_of_something_else_is_refused(text, words, tmp_path):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        mixed_precision.Sensitivities.load(tmp_path / "other.json")
+
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs/mixed_precision.py")
+
+
+def test_the_config_refuses_a_file_that_was_measured_with_something_else(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(brecq_jax.models, "train_digits", lambda seed: digits)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # no bar
+    overrides = ["--config.choices=2,4", "--config.examples=16", f"--config.sensitivities={tmp_path / 'sensitivities.json'}"]
+    plan = load_config(CONFIG, overrides).build().weights
+    noted = mixed_precision.Sensitivities.load(tmp_path / "sensitivities.json").measured_with
+    assert noted == {"error": "relative_error", "solver": "nearest", "examples": 16, "learned_steps": 0, "seed": 0}
+    monkeypatch.setattr(mixed_precision, "measure", None)  # from here on there is only the file
+    assert load_config(CONFIG, [*overrides, "--config.base=digits_w4a8 --config.seed=1"]).build().weights == plan
+    for other, words in (
+        ("choices=2,3", r"choices is \[2, 4\] there and \[2, 3\] here"),
+        ("act_choices=8", r"act_choices is \[\] there and \[8\] here"),
+        ("error=divergence", "error is relative_error there and divergence here"),
+        ("examples=8", "examples is 16 there and 8 here"),
+        ("learned_steps=5", "learned_steps is 0 there and 5 here"),
+        ("base=digits_lapq", "preset is brecq there and uniform here"),
+    ):
+        with pytest.raises(ValueError, match=words + "(?s:.*)Give another file"):
+            load_config(CONFIG, [*overrides, f"--config.{other}"]).build()
 
 
 def test_a_picture_shows_them(found, tmp_path):
