@@ -24,6 +24,7 @@ from brecq_jax._stream import Stream
 from brecq_jax.formats import Format, Uniform
 from brecq_jax.formats._record import from_record, to_record
 from brecq_jax.mixed_precision._configurations import Candidates, block_losses
+from brecq_jax.mixed_precision.costs import product_bits
 from brecq_jax.solvers import Solver, nearest, relative_error
 from brecq_jax.solvers._walk import WEIGHTED
 from brecq_jax.solvers.nearest import fit_activations
@@ -101,7 +102,7 @@ def measure(
     weights: Sequence[Format] = (Uniform(2), Uniform(4), Uniform(8)),
     activations: Sequence[Uniform] = (),
     preset: str | None = None,
-    solver: Solver | None = None,
+    solver: Solver | Sequence[Solver | None] | None = None,
     error: Callable = relative_error,
     blocks: str | Sequence[str] = "block",
     inputs: Any = None,
@@ -117,23 +118,24 @@ def measure(
     blocks of one shape share.
 
     Args:
-      weights, activations: the choices, fewest bits first; no activations: they are not searched.
+      weights, activations: the choices, fewest bits first, where all points of a `Multipoint` count; no activations: they are not searched.
       preset: what it fixes, as the first and last layer, is not measured, and stays as it says. See `make_plan`.
-      solver: rounds the weights, once for each choice with all weights at it; None: to nearest.
+      solver: rounds the weights, once for each choice with all weights at it but those that the preset fixes, which have its bits; None: to
+        nearest. One that learns fits each weight to the others at that choice, which no mixed plan has; a loss is then that of each weight by
+        itself. A sequence is a solver, or None, for each choice: `[None, solvers.multipoint()]` for `[Uniform(4), Multipoint(3)]`.
       error: `error(output, target, importance)` of each example, as reconstruction's. `divergence`, `solvers.fisher_error` and
         `position_error` get Fisher weights, others None.
       params, apply_fn, calib_ds, blocks, inputs, loss, key, progress: as of `quantize`.
 
     Raises:
-      ValueError: choices that are none, or not in order of their bits; else as `quantize`.
+      TypeError: choices that are no formats.
+      ValueError: choices that are none, or not in order of their bits; solvers for other choices than there are; else as `quantize`.
     """
-    for kind, choices in (("weights", weights), ("activations", activations)):
-        bits = [choice.bits for choice in choices]
-        if sorted(bits) != bits or (kind == "weights" and not bits):
-            raise ValueError(f"{kind}: the choices have {bits} bits. Write them fewest bits first, as (Uniform(2), Uniform(4)).")
-    for choice in activations:
-        if not isinstance(choice, Uniform):
-            raise ValueError(f"activations: {choice} has no grid that could be measured. Write Uniform(8).")
+    _check_choices(weights, activations)
+    made_by = [solver] * len(weights) if solver is None or callable(solver) else list(solver)
+    if len(made_by) != len(weights):
+        raise ValueError(f"solver: there are {len(made_by)} for {len(weights)} choices of weights. Write one for each, or a single one for all.")
+    made_by = [own or nearest() for own in made_by]
     key_solver, key_fisher = jax.random.split(jax.random.key(0) if key is None else key)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs)
@@ -144,16 +146,31 @@ def measure(
         activations = tuple(next(iter(make_plan(graph, None, format).activations.values())) for format in activations)
         plan = make_plan(graph, weights[0], activations[0] if activations else None, preset)
         problem = dataclasses.replace(problem, plan=plan)
-        candidates = _round_choices(problem, graph, weights, activations, solver or nearest(), key_solver)
+        candidates = _round_choices(problem, graph, weights, activations, made_by, key_solver)
         losses, interactions = _walk(problem, graph, candidates, _open(graph, plan, weights, activations), error, key_fisher)
     found = {name: tuple(map(float, own)) for name, own in losses.items()}
-    noted = {"error": getattr(error, "__name__", type(error).__name__), "solver": _maker(solver or nearest()), "examples": problem.count}
+    noted = {"error": getattr(error, "__name__", type(error).__name__), "solver": ", ".join(dict.fromkeys(map(_maker, made_by))), "examples": problem.count}
     return Sensitivities(weights, activations, found, interactions, preset, noted)
 
 
 def decision(graph: Graph, weight: str) -> str:
     """The name under which a weight's format is decided: its parameter's."""
     return graph.leaves[graph.weights[weight].leaf][0]
+
+
+def _check_choices(weights: Sequence[Format], activations: Sequence[Uniform]):
+    """Raise TypeError or ValueError unless these are choices, in order."""
+    for kind, choices in (("weights", weights), ("activations", activations)):
+        if not isinstance(choices, Sequence):
+            raise TypeError(f"{kind}: {choices!r} is a {type(choices).__name__}. Write a sequence of choices, as (Uniform(2), Uniform(4)).")
+        for choice in choices:
+            if kind == "activations" and not isinstance(choice, Uniform):
+                raise ValueError(f"activations: {choice} has no grid that could be measured. Write Uniform(8).")
+            if not isinstance(choice, Format):
+                raise TypeError(f"{kind}: {choice!r} is no format of weights. Write (Uniform(2), Uniform(4)); float is for rules of `search`.")
+        bits = [product_bits(choice) for choice in choices]
+        if sorted(bits) != bits or (kind == "weights" and not bits):
+            raise ValueError(f"{kind}: the choices have {bits} bits in all points. Write them fewest bits first, as (Uniform(2), Uniform(4)).")
 
 
 def _maker(solver: Solver) -> str:
@@ -169,12 +186,12 @@ def _open(graph: Graph, plan: Plan, weights, activations) -> set[str]:
     return {decision(graph, n) for n in graph.weights} - fixed | reads
 
 
-def _round_choices(problem: Problem, graph: Graph, weights, activations, solver: Solver, key: jax.Array) -> Candidates:
-    """What each choice makes of all weights and activations, presets aside."""
+def _round_choices(problem: Problem, graph: Graph, weights, activations, made_by: Sequence[Solver], key: jax.Array) -> Candidates:
+    """What each choice makes of all weights, but for those that the preset fixes, and of all activations while weights are float."""
     floats = Quantized(problem.params, {}, Program(problem.apply_fn, (), problem.plan.whole_values))
     models, grids = [], []
-    for format in weights:
-        own = dataclasses.replace(problem, plan=make_plan(graph, format, None))
+    for format, solver in zip(weights, made_by, strict=True):
+        own = dataclasses.replace(problem, plan=make_plan(graph, format, None, problem.plan.preset))
         guess, _ = nearest()(own, floats, key)
         models.append(solver(own, guess, key)[0])
     for format in activations:

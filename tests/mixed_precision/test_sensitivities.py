@@ -19,7 +19,7 @@ from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem
 from brecq_jax._plan import make_plan
 from brecq_jax._qarray import quantize_array
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Multipoint, Uniform
 from brecq_jax.mixed_precision.sensitivities import READS, divergence
 from brecq_jax.solvers.nearest import fit_activations
 
@@ -204,7 +204,40 @@ def test_slices_of_one_parameter_are_one_decision():
     assert len(slices) == 3 and len(set(slices)) == 1
 
 
-@pytest.mark.parametrize("choices", [(), (Uniform(4), Uniform(2))])
+def test_a_solver_learns_each_choice_beside_what_the_preset_fixes(digits):
+    plans = []
+
+    def spy(problem, guess, key):
+        plans.append(problem.plan)
+        return guess, ()
+
+    model = digits.variables, digits.model.apply, digits.train_images[:8]
+    mixed_precision.measure(*model, weights=CHOICES, preset="brecq", solver=spy, progress=False)
+    for plan, format in zip(plans, CHOICES, strict=True):
+        bits = {name: own.bits for name, own in plan.weights.items()}
+        assert bits.pop("stem/kernel") == bits.pop("head/kernel") == 8 and set(bits.values()) == {format.bits}
+
+
+def test_choices_may_have_a_solver_each(digits):
+    choices, images = (Uniform(2), Multipoint(2, points=2, tolerance=0.0)), digits.train_images[:16]
+    model, given = (digits.variables, digits.model.apply, images), [None, solvers.multipoint()]
+    found = mixed_precision.measure(*model, weights=choices, solver=given, progress=False)
+    assert found.measured_with["solver"] == "nearest, multipoint"
+    coarse, fine = map(sum, zip(*found.losses.values(), strict=True))
+    assert fine < coarse
+    with pytest.raises(ValueError, match="there are 2 for 3 choices"):
+        mixed_precision.measure(*model, weights=(Uniform(2), *choices), solver=given)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"), [((Uniform(2), None), "None is no format"), ((2, 4), "2 is no format"), (Uniform(4), "is a Uniform. Write a sequence")]
+)
+def test_what_is_no_choice_is_refused(digits, choices, words):
+    with pytest.raises(TypeError, match=words):
+        mixed_precision.measure(digits.variables, digits.model.apply, digits.train_images[:8], weights=choices)
+
+
+@pytest.mark.parametrize("choices", [(), (Uniform(4), Uniform(2)), (Multipoint(3), Uniform(4))])
 def test_choices_come_in_order(digits, choices):
     with pytest.raises(ValueError, match="Write them fewest bits first"):
         mixed_precision.measure(digits.variables, digits.model.apply, digits.train_images[:8], weights=choices)
