@@ -61,7 +61,7 @@ class Config:
         )  # fmt: skip
         plan = brecq_jax.search(
             graph, sensitivities, budget, activations=experiment.activations, latency=table,
-            solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact,
+            solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact, key=jax.random.key(experiment.seed),
         )  # fmt: skip
         return dataclasses.replace(experiment, **plan.rules)
 
@@ -84,7 +84,7 @@ class Config:
         found = mixed_precision.measure(
             experiment.params, experiment.apply_fn, inputs, weights=weights, activations=activations, preset=experiment.preset,
             solver=solvers.annealed(num_steps=self.learned_steps) if self.learned_steps else None,
-            error=errors[self.error], blocks=experiment.blocks, progress=jax.process_index() == 0,
+            error=errors[self.error], blocks=experiment.blocks, key=jax.random.key(experiment.seed), progress=jax.process_index() == 0,
         )  # fmt: skip
         found = dataclasses.replace(found, measured_with={**found.measured_with, "learned_steps": self.learned_steps, "seed": experiment.seed})
         if self.sensitivities:
@@ -97,8 +97,8 @@ class Config:
         asked = {"choices": numbers(self.choices), "act_choices": numbers(self.act_choices), "preset": experiment.preset, **asked}
         noted = {"choices": [f.bits for f in found.weights], "act_choices": [f.bits for f in found.activations], "preset": found.preset}
         noted |= found.measured_with
-        if "learned_steps" not in noted and noted.get("solver", "nearest") != "nearest":
-            noted["learned_steps"] = f"those of another solver ({noted['solver']})"
+        if "learned_steps" not in noted and "solver" in noted:  # written by `Sensitivities.save` alone
+            noted["learned_steps"] = 0 if noted["solver"] == "nearest" else f"unknown, of solver {noted['solver']},"
         other = [f"{key} is {noted[key]} there and {value} here" for key, value in asked.items() if key in noted and noted[key] != value]
         if other:
             raise ValueError(
