@@ -4,7 +4,8 @@ r"""Any other config, with the bits of each layer searched for instead of stated
         --config.base="resnet20_cifar10 --config.weights=resnet20-12fca82f.th --config.data=cifar10_jpeg --config.num_steps=300"
 
 `base` is a config beside this one with its own arguments; its weights' bits are not used, its preset is. The plan is printed before work
-starts. Sensitivities and latencies are measured once for each file given.
+starts. Sensitivities and latencies are measured once for each file given. A file of sensitivities that were measured with other choices, preset,
+error, examples or learned_steps is refused; seeds of the base may share one.
 """
 
 import dataclasses
@@ -60,25 +61,50 @@ class Config:
         )  # fmt: skip
         plan = brecq_jax.search(
             graph, sensitivities, budget, activations=experiment.activations, latency=table,
-            solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact,
+            solver=mixed_precision.Genetic() if self.genetic else mixed_precision.exact, key=jax.random.key(experiment.seed),
         )  # fmt: skip
         return dataclasses.replace(experiment, **plan.rules)
 
     def measured(self, experiment: Experiment) -> mixed_precision.Sensitivities:
+        """Sensitivities: the file's, if it is there.
+
+        Raises:
+          ValueError: an error that is unknown, or a file that was measured with something else.
+        """
+        inputs = first(experiment, self.examples)
+        examples = len(jax.tree.leaves(inputs)[0])
         if self.sensitivities and pathlib.Path(self.sensitivities).exists():
-            return mixed_precision.Sensitivities.load(self.sensitivities)
-        weights, activations = ([Uniform(int(b)) for b in bits.split(",") if b] for bits in (self.choices, self.act_choices))
+            found = mixed_precision.Sensitivities.load(self.sensitivities)
+            self.check(found, experiment, examples)
+            return found
+        weights, activations = ([Uniform(b) for b in numbers(own)] for own in (self.choices, self.act_choices))
         errors = {"relative_error": solvers.relative_error, "divergence": mixed_precision.divergence}
         if self.error not in errors:
             raise ValueError(f"--config.error={self.error}: write one of {', '.join(errors)}.")
         found = mixed_precision.measure(
-            experiment.params, experiment.apply_fn, first(experiment, self.examples), weights=weights, activations=activations, preset=experiment.preset,
+            experiment.params, experiment.apply_fn, inputs, weights=weights, activations=activations, preset=experiment.preset,
             solver=solvers.annealed(num_steps=self.learned_steps) if self.learned_steps else None,
-            error=errors[self.error], blocks=experiment.blocks, progress=jax.process_index() == 0,
+            error=errors[self.error], blocks=experiment.blocks, key=jax.random.key(experiment.seed), progress=jax.process_index() == 0,
         )  # fmt: skip
+        found = dataclasses.replace(found, measured_with={**found.measured_with, "learned_steps": self.learned_steps, "seed": experiment.seed})
         if self.sensitivities:
             found.save(self.sensitivities)
         return found
+
+    def check(self, found: mixed_precision.Sensitivities, experiment: Experiment, examples: int):
+        """Raise ValueError if what the file notes is not what is asked for. An older one notes choices and preset alone."""
+        asked = {"error": self.error, "examples": examples, "learned_steps": self.learned_steps}
+        asked = {"choices": numbers(self.choices), "act_choices": numbers(self.act_choices), "preset": experiment.preset, **asked}
+        noted = {"choices": [f.bits for f in found.weights], "act_choices": [f.bits for f in found.activations], "preset": found.preset}
+        noted |= found.measured_with
+        if "learned_steps" not in noted and "solver" in noted:  # written by `Sensitivities.save` alone
+            noted["learned_steps"] = 0 if noted["solver"] == "nearest" else f"unknown, of solver {noted['solver']},"
+        other = [f"{key} is {noted[key]} there and {value} here" for key, value in asked.items() if key in noted and noted[key] != value]
+        if other:
+            raise ValueError(
+                f"--config.sensitivities={self.sensitivities} was measured with something else: {'; '.join(other)}.\n"
+                "  Give another file, which is measured and written, or remove this one."
+            )
 
     def latencies(self, experiment: Experiment, graph: brecq_jax.Graph, uniform_bits) -> mixed_precision.Latency:
         """Of all bits that a plan or a budget may have."""
@@ -87,7 +113,7 @@ class Config:
         if pathlib.Path(self.latency).exists():
             return mixed_precision.read_latency(self.latency)
         plan = brecq_jax.make_plan(graph, Uniform(8), experiment.activations, experiment.preset)
-        weight_bits, act_bits = ({int(b) for b in bits.split(",") if b} for bits in (self.choices, self.act_choices))
+        weight_bits, act_bits = (set(numbers(own)) for own in (self.choices, self.act_choices))
         act_bits |= {format.bits if format else mixed_precision.FLOAT_BITS for format in plan.activations.values()}
         weight_bits |= {8, *(min(b, 8) for b in uniform_bits)}
         graph = brecq_jax.trace(experiment.apply_fn, experiment.params, first(experiment, self.latency_batch))
@@ -99,3 +125,8 @@ class Config:
 def first(experiment: Experiment, count: int):
     """So many calibration inputs."""
     return jax.tree.map(lambda a: a[:count], experiment.calib_ds)
+
+
+def numbers(text: str) -> list[int]:
+    """`2,3,8` as numbers."""
+    return [int(b) for b in text.split(",") if b]

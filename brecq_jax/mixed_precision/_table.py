@@ -10,7 +10,7 @@ import numpy as np
 from brecq_jax._graph import Graph
 from brecq_jax._plan import Activation, Plan, Rules, describe, make_plan, size_bits
 from brecq_jax.formats import Format
-from brecq_jax.mixed_precision.costs import FLOAT_BITS, Latency, latency_of, macs
+from brecq_jax.mixed_precision.costs import FLOAT_BITS, Latency, latency_of, macs, points, product_bits
 from brecq_jax.mixed_precision.sensitivities import READS, Sensitivities, decision
 
 
@@ -53,7 +53,7 @@ def make_table(
     """The table of all decisions that are open: measured, and not ruled by name. See `search` for the arguments.
 
     Raises:
-      ValueError: nothing is open, or the sensitivities are of another model.
+      ValueError: nothing is open, the sensitivities are of another model, or one that is open is not finite.
     """
     ruled = make_plan(graph, weights, activations, sensitivities.preset)
     rest = make_plan(graph, _rest(weights, sensitivities.weights), _rest(activations, sensitivities.activations), sensitivities.preset)
@@ -78,13 +78,20 @@ def make_table(
     for name, own in formats.items():
         choices = sensitivities.activations if name.startswith(READS) else sensitivities.weights
         known = dict(zip(choices, sensitivities.losses.get(name, ()), strict=False))
-        losses.append(np.array([known.get(format, 0.0) for format in own]))
+        values = np.array([known.get(format, 0.0) for format in own])
+        if len(own) > 1 and not np.isfinite(values).all():
+            raise ValueError(f"search: the sensitivities of {name} are {values.tolist()}. Measure with finite inputs, or give it a format by rule.")
+        losses.append(np.where(np.isfinite(values), values, 0.0))  # of one option: a constant
     lowest = sensitivities.weights[0]
     together = tuple(
         (tuple(at[n] for n in members), value)
         for members, value in sensitivities.interactions.items()
         if all(formats[n][0] == lowest for n in members)
     )
+    for members, value in together:
+        if not np.isfinite(value):
+            shown = ", ".join(names[d] for d in members)
+            raise ValueError(f"search: the interaction of {shown} is {value}. Measure with finite inputs, or give one another format by rule.")
     costs, constants = _costs(graph, at, formats, latency)
     return Table(names, tuple(formats.values()), tuple(losses), together, costs, constants)
 
@@ -132,6 +139,17 @@ def _names(rules: Rules, name: str) -> bool:
     return isinstance(rules, Mapping) and any(re.fullmatch(pattern, name) for pattern in rules)
 
 
+def _products(left, right) -> np.ndarray:
+    """Bits × bits of each pair of options."""
+    return np.outer(*([product_bits(format) for format in own] for own in (left, right))).astype(float)
+
+
+def _us(latency: Latency, op: str, weight: Format | None, read: Activation | None) -> float:
+    """The table's entry for each of the weight's points."""
+    of_one, of_read = (f.bits if f else FLOAT_BITS for f in (weight, read))
+    return points(weight) * latency_of(latency, op, of_one, of_read)
+
+
 def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str, tuple[Term, ...]], dict[str, float]]:
     terms: dict[str, list[Term]] = {"size_bits": [], "bops": [], "latency_us": []}
     for name, weight in graph.weights.items():
@@ -141,15 +159,13 @@ def _costs(graph: Graph, at, formats, latency: Latency | None) -> tuple[dict[str
         if op.kind == "embed":
             continue
         own, read = decision(graph, op.weight), READS + op.site
-        bits = [[f.bits if f else FLOAT_BITS for f in formats[n]] for n in (own, read)]
         pair = (at[own], at[read])
-        terms["bops"].append(Term(pair, macs(graph, op) * np.outer(*bits).astype(float)))
+        terms["bops"].append(Term(pair, macs(graph, op) * _products(formats[own], formats[read])))
         if latency is not None:
-            terms["latency_us"].append(Term(pair, np.array([[latency_of(latency, op.name, w, a) for a in bits[1]] for w in bits[0]])))
+            terms["latency_us"].append(Term(pair, np.array([[_us(latency, op.name, w, a) for a in formats[read]] for w in formats[own]])))
     for product in graph.products:
         pair = [READS + factor.site for factor in (product.factors[0], product.factors[-1])]
-        bits = [[f.bits if f else FLOAT_BITS for f in formats[n]] for n in pair]
-        values = macs(graph, product) * np.outer(*bits).astype(float)
+        values = macs(graph, product) * _products(*(formats[n] for n in pair))
         same = pair[0] == pair[1]
         terms["bops"].append(Term((at[pair[0]],), np.diag(values)) if same else Term((at[pair[0]], at[pair[1]]), values))
     return {name: tuple(own) for name, own in terms.items()}, {"size_bits": float(graph.other_bits), "bops": 0.0, "latency_us": 0.0}

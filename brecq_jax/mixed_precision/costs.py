@@ -10,6 +10,7 @@ import jax
 
 from brecq_jax._graph import Graph, Op
 from brecq_jax._products import Product
+from brecq_jax.formats import Format, Multipoint, PerToken, Sparq
 
 FLOAT_BITS = 32
 Latency = Mapping[tuple[str, int, int], float]  # (op, weight bits, activation bits) -> µs of one example; 32 bits are float
@@ -19,11 +20,20 @@ Latency = Mapping[tuple[str, int, int], float]  # (op, weight bits, activation b
 class Budget:
     """Upper bounds, each None or a number. `size_bits`: all parameters, grids and float leaves included. `bops`: Σ multiplications of one
     example × weight bits × activation bits, or, of a product of two values, the bits of both. `latency_us`: Σ of the latency table, one
-    example; products of two values are not in it."""
+    example; products of two values are not in it. A `Multipoint` counts as all its points, a product each: the most that it can have.
+
+    Raises:
+      ValueError: a bound that is negative or not a number.
+    """
 
     size_bits: float | None = None
     bops: float | None = None
     latency_us: float | None = None
+
+    def __post_init__(self):
+        for name, value in self.limits.items():
+            if not value >= 0:
+                raise ValueError(f"Budget: {name}={value}: write a number, as {name}=1e6, or None for no bound.")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -64,7 +74,7 @@ def read_latency(path: str | pathlib.Path) -> dict[tuple[str, int, int], float]:
     """A table of your own: CSV with the columns layer, weight_bits, act_bits, us. 32 bits are float; write `#` before remarks.
 
     Raises:
-      ValueError: other columns, or a cell that is no number.
+      ValueError: other columns, a cell that is no number, a time that is negative or not finite, or two rows for the same op and bits.
     """
     with open(path, newline="") as file:
         lines = [(number, line) for number, line in enumerate(file, 1) if not line.startswith("#")]
@@ -74,10 +84,16 @@ def read_latency(path: str | pathlib.Path) -> dict[tuple[str, int, int], float]:
             raise ValueError(f"read_latency: {path} has the columns {rows.fieldnames}. Write {', '.join(sorted(wanted))}.")
         found = {}
         for row in rows:
+            line = lines[rows.line_num - 1][0]
             try:
-                found[row["layer"], int(row["weight_bits"]), int(row["act_bits"])] = float(row["us"])
+                key, us = (row["layer"], int(row["weight_bits"]), int(row["act_bits"])), float(row["us"])
             except (TypeError, ValueError):
-                raise ValueError(f"read_latency: {path}, line {lines[rows.line_num - 1][0]}: {row} is not understood. Write numbers.") from None
+                raise ValueError(f"read_latency: {path}, line {line}: {row} is not understood. Write numbers.") from None
+            if not 0 <= us < math.inf:
+                raise ValueError(f"read_latency: {path}, line {line}: {us} µs is no time. Write a number that is 0 or more.")
+            if key in found:
+                raise ValueError(f"read_latency: {path}, line {line}: {key} has a row already, of {found[key]} µs. Leave one of them.")
+            found[key] = us
     return found
 
 
@@ -93,6 +109,16 @@ def _is_depthwise(graph: Graph, op: Op) -> bool:
     """Whether a convolution has groups of one input channel each."""
     params, kernel = graph.flat.steps[op.step].params, graph.flat.types[op.weight_value].shape
     return op.kind == "conv" and params["feature_group_count"] > 1 and kernel[params["dimension_numbers"].rhs_spec[1]] == 1
+
+
+def points(format: Format | Sparq | PerToken | None) -> int:
+    """How many products with what an op reads a weight is: the most points that a channel may have; 1 but for `Multipoint`."""
+    return format.points if isinstance(format, Multipoint) else 1
+
+
+def product_bits(format: Format | Sparq | PerToken | None) -> int:
+    """Bits of one number in a multiplication, all points together; 32 in float."""
+    return FLOAT_BITS if format is None else format.bits * points(format)
 
 
 def macs(graph: Graph, op: Op | Product) -> int:

@@ -17,25 +17,47 @@ def exact(table: Table, limits: Mapping[str, float], key: jax.Array | None = Non
     An option is a 0/1 variable. A set of decisions that interact is a variable that is 1 if all are at option 0; a pair of decisions
     that cost together has one for each pair of options, whose sums are those of the options. HiGHS solves it; `key` is not used.
     """
+    found = _solve_within(table, limits)
+    return last_resort(table, limits) if found is None else found
+
+
+def cheapest(table: Table, name: str, limits: Mapping[str, float] | None = None) -> np.ndarray | None:
+    """The choices of least cost within limits on other costs; None if there are none."""
+    found = _solve_within(table, limits or {}, name)
+    return last_resort(table, limits) if found is None and limits else found
+
+
+def last_resort(table: Table, limits: Mapping[str, float]) -> np.ndarray | None:
+    """Of the plans that are cheapest in one cost within the limits on the others, the one of least loss; None where nothing is within them all.
+
+    It is there where `exact` finds nothing, because a limit leaves no more room than the programme's tolerance, and for `Genetic`.
+    """
+    found = [cheapest(table, name, {n: v for n, v in limits.items() if n != name}) for name in limits]
+    found = [own for own in found if own is not None and within(table, limits, own[None])[0]]
+    return min(found, key=lambda own: table.loss(own[None])[0], default=None)
+
+
+def within(table: Table, limits: Mapping[str, float], choices: np.ndarray) -> np.ndarray:
+    """Which rows of choices meet all limits."""
+    return np.all([np.ones(len(choices), bool), *(table.cost(name, choices) <= limit for name, limit in limits.items())], axis=0)
+
+
+def _solve_within(table: Table, limits: Mapping[str, float], objective: str | None = None) -> np.ndarray | None:
     for tighter in TIGHTER:
-        found = _solve(table, limits, tighter)
-        if found is None or all(table.cost(n, found[None])[0] <= limit for n, limit in limits.items()):
+        found = _solve(table, limits, tighter, objective)
+        if found is None or within(table, limits, found[None])[0]:
             return found
     return None
 
 
-def cheapest(table: Table, name: str) -> np.ndarray:
-    """The choices of least cost."""
-    return _solve(table, {}, 0.0, name)
-
-
 def _solve(table: Table, limits: Mapping[str, float], tighter: float, objective: str | None = None) -> np.ndarray | None:
+    """The choices of least loss, or of least `objective`, a cost, within the limits less a part of them."""
     sizes = [len(own) for own in table.options]
     first = np.cumsum([0, *sizes])  # the variable of a decision's option 0
     rows = _Rows(first[-1])
     for d, size in enumerate(sizes):
         rows.add({first[d] + k: 1.0 for k in range(size)}, 1, 1)
-    used = [objective] if objective else list(limits)
+    used = [*limits, *([objective] if objective else [])]
     pairs: dict[tuple[int, int], int] = {}
     for d, e in dict.fromkeys(t.decisions for n in used for t in table.costs[n] if len(t.decisions) == 2):
         if sizes[d] > 1 and sizes[e] > 1:
@@ -59,13 +81,13 @@ def _solve(table: Table, limits: Mapping[str, float], tighter: float, objective:
         for term in table.costs[name]:
             for variable, value in _spread(term, sizes, first, pairs):
                 costs[variable] = costs.get(variable, 0.0) + value
-        if objective:
+        if name == objective:
             goal = costs
         else:
             limit = limits[name] - table.constants[name]
-            if limit <= 0:
+            if limit < 0:
                 return None
-            rows.add({v: c / limit for v, c in costs.items()}, -np.inf, 1 - tighter)
+            rows.add({v: c / (limit or 1.0) for v, c in costs.items()}, -np.inf, float(limit > 0) * (1 - tighter))
     return rows.minimise(goal, first[:-1], sizes)
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from brecq_jax.mixed_precision._table import Table
+from brecq_jax.mixed_precision.exact import cheapest, last_resort, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Genetic:
 
     Source: BRECQ, algorithm 2, https://arxiv.org/abs/2102.05426, after Guo et al. 2019 (SPOS, https://arxiv.org/abs/1904.00420). The paper
     does not say how many are kept, nor what happens where drawing finds few plans within the limits: here the first draws
-    move from the middle of the options down to the first, the cheapest plan is the last resort, and drawing ends after `draws` rounds.
+    move from the middle of the options down to the first, the plans that are cheapest in one of the limited costs join them, and drawing ends
+    after `draws` rounds. Where none is within the limits, it begins at a plan that is cheapest in one cost within the limits on the others.
     """
 
     population: int = 50
@@ -47,25 +49,23 @@ class Genetic:
             centre = (sizes - 1) / 2 * (1 - n / self.draws)
             drawn = draw.normal(centre, np.maximum((sizes - 1) / 2, 0.5), (self.population, len(sizes)))
             drawn = np.clip(np.rint(drawn), 0, sizes - 1).astype(int)
-            found = np.concatenate([found, drawn[_within(table, limits, drawn)]])
+            found = np.concatenate([found, drawn[within(table, limits, drawn)]])
             if len(found) >= self.population:
                 break
-        lowest = np.zeros((1, len(sizes)), int)
-        found = np.concatenate([found, lowest[_within(table, limits, lowest)]])
+        ends = np.array([np.zeros(len(sizes), int), *(cheapest(table, name) for name in limits)])
+        found = np.concatenate([found, ends[within(table, limits, ends)]])
+        if not len(found) and (last := last_resort(table, limits)) is not None:
+            found = last[None]
         return found[np.argsort(table.loss(found), kind="stable")[: self.kept]]
 
     def _children(self, table, limits, count, make) -> np.ndarray:
         found = make(0)
         for _ in range(self.draws):
             drawn = make(count)
-            found = np.concatenate([found, drawn[_within(table, limits, drawn)]])[:count]
+            found = np.concatenate([found, drawn[within(table, limits, drawn)]])[:count]
             if len(found) == count:
                 break
         return found
-
-
-def _within(table: Table, limits: Mapping[str, float], choices: np.ndarray) -> np.ndarray:
-    return np.all([table.cost(name, choices) <= limit for name, limit in limits.items()], axis=0)
 
 
 def _cross(parents: np.ndarray, count: int, draw) -> np.ndarray:

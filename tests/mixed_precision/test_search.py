@@ -10,9 +10,10 @@ import pytest
 
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
-from brecq_jax.formats import Binary, Sparq, Ternary, Uniform
+from brecq_jax.formats import Binary, Multipoint, Sparq, Ternary, Uniform
 from brecq_jax.mixed_precision import Budget, Genetic, SystolicArray, exact
-from brecq_jax.mixed_precision._table import Table, Term
+from brecq_jax.mixed_precision._table import Table, Term, make_table
+from brecq_jax.mixed_precision.exact import cheapest
 
 CHOICES = (Uniform(2), Uniform(4), Uniform(8))
 SOLVERS = pytest.mark.parametrize("solver", [exact, Genetic()], ids=["exact", "genetic"])
@@ -77,6 +78,41 @@ def test_what_cannot_be_met_is_none(solver):
     assert solver(table, {"size_bits": 8.0}) is None
 
 
+def opposed():
+    """Three decisions of two options: what is cheaper in size is slower."""
+    sizes, times = [np.array([1.0, 2.1])] * 3, [np.array([2.1, 1.0])] * 3
+    costs = {name: tuple(Term((d,), own) for d, own in enumerate(all_of)) for name, all_of in (("size_bits", sizes), ("latency_us", times))}
+    constants = {"size_bits": 7.0, "latency_us": 0.0}
+    return Table(("a", "b", "c"), ((None, None),) * 3, (np.array([1.0, 0.0]),) * 3, (), costs, constants)
+
+
+@SOLVERS
+def test_a_plan_that_is_cheapest_in_latency_alone_is_found(solver):
+    table = opposed()
+    many = dataclasses.replace(
+        table, decisions=tuple(map(str, range(60))), options=table.options[:1] * 60, losses=table.losses[:1] * 60,
+        costs={n: tuple(Term((d,), own[0].values) for d in range(60)) for n, own in table.costs.items()},
+    )  # fmt: skip
+    np.testing.assert_array_equal(solver(many, {"latency_us": 60.0}), np.ones(60))
+
+
+@SOLVERS
+def test_a_plan_that_just_meets_two_limits_at_once_is_found(solver):
+    limits = {"size_bits": 7 + 1.0 + 2 * 2.1, "latency_us": 2.1 + 2 * 1.0}
+    found = solver(opposed(), limits)
+    assert found.sum() == 2 and all(opposed().cost(n, found[None])[0] <= v for n, v in limits.items())
+
+
+@SOLVERS
+@pytest.mark.parametrize("parts", [1.0, 1 - 1e-9])
+def test_a_limit_at_the_least_cost_is_met_and_a_hair_below_it_is_not(solver, parts):
+    """The programme's own tolerance is a million times wider than the hair."""
+    table = a_table(1, 6)
+    least = float(table.cost("size_bits", cheapest(table, "size_bits")[None])[0])
+    found = solver(table, {"size_bits": parts * least})
+    assert found is None if parts < 1 else table.cost("size_bits", found[None])[0] == least
+
+
 @pytest.fixture(scope="module")
 def measured(digits):
     found = mixed_precision.measure(
@@ -113,8 +149,83 @@ def test_a_budget_below_the_cheapest_plan_is_refused_with_its_figure(measured):
     assert brecq_jax.search(graph, found, Budget(size_bits=cheapest)).size_bits == cheapest
 
 
+@pytest.mark.parametrize("names", [("size_bits", "latency_us"), ("latency_us", "size_bits"), ("bops", "latency_us")])
+def test_figures_of_refused_budgets_can_be_written(measured, names):
+    """Once for each that is below its least, and for two that cannot be met together."""
+    graph, found = measured
+    table = {(op.name, w, a): 0.1 / w + 1e-9 * n for n, op in enumerate(graph.ops) for w in (2, 4, 8) for a in (2, 4, 8, 32)}  # more bits are faster
+    limits = dict.fromkeys(names, 1e-9)
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name}=1e-09 cannot be met: the cheapest plan has") as error:
+            brecq_jax.search(graph, found, Budget(**{name: 1e-9}), latency=table)
+        limits[name] = float(str(error.value).split("plan has ")[1].split(" Write")[0].removesuffix("."))
+        brecq_jax.search(graph, found, Budget(**{name: limits[name]}), latency=table)
+    with pytest.raises(ValueError, match="cannot be met together, though each alone can") as error:
+        brecq_jax.search(graph, found, Budget(**limits), latency=table)
+    for name in names:
+        figure = str(error.value).split(f"plan has {name}=")[1].split(";")[0].split(" Write")[0].removesuffix(".")
+        for solver in (exact, Genetic(generations=2)):
+            brecq_jax.search(graph, found, Budget(**limits | {name: float(figure)}), latency=table, solver=solver)
+
+
+def test_a_front_needs_no_budgets(measured):
+    graph, found = measured
+    points = mixed_precision.pareto(graph, found, points=4)
+    sizes, losses = [p.costs["size_bits"] for p in points], [p.loss for p in points]
+    assert len(points) == 4 and sizes == sorted(sizes) and losses == sorted(losses, reverse=True)
+    table = make_table(graph, found, None, None, None)
+    assert sizes[0] == table.cost("size_bits", cheapest(table, "size_bits")[None])[0]
+    assert losses[-1] == pytest.approx(sum(own.min() for own in table.losses))
+    bops = [p.costs["bops"] for p in mixed_precision.pareto(graph, found, points=2, cost="bops")]
+    assert bops[0] == table.cost("bops", cheapest(table, "bops")[None])[0] < bops[1]
+    for given, words in (
+        ({}, "the one or the other"), ({"budgets": [], "points": 2}, "the one or the other"), ({"points": 1}, "two points or more"),
+        ({"points": 2, "cost": "size"}, "write one of size_bits"), ({"points": 2, "cost": "latency_us"}, "needs a table"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            mixed_precision.pareto(graph, found, **given)
+
+
+def test_all_budgets_of_a_front_that_cannot_be_met_are_named(measured):
+    graph, found = measured
+    with pytest.raises(ValueError, match=r"(?s)pareto: budgets\[0\]: .*size_bits=1 cannot be met.*budgets\[2\]: .*bops=2 cannot"):
+        mixed_precision.pareto(graph, found, [Budget(size_bits=1), Budget(size_bits=150e3), Budget(bops=2)])
+    with pytest.raises(TypeError, match=r"a single one. Write \[Budget"):
+        mixed_precision.pareto(graph, found, Budget(size_bits=150e3))
+
+
+@pytest.mark.parametrize("where", ["losses", "interactions"])
+@SOLVERS
+def test_sensitivities_that_are_not_finite_are_refused_unless_a_rule_takes_their_place(measured, where, solver):
+    graph, found = measured
+    name, budget = "blocks_2/conv1/kernel", Budget(size_bits=150e3)
+    members = next(own for own in found.interactions if name in own)
+    other = {"losses": {name: (np.nan, 1.0, 0.0)}, "interactions": {members: np.nan}}[where]
+    spoilt = dataclasses.replace(found, **{where: {**getattr(found, where), **other}})
+    with pytest.raises(ValueError, match=f"{name}.*nan.*Measure with finite inputs"):
+        brecq_jax.search(graph, spoilt, budget, solver=solver)
+    plan = brecq_jax.search(graph, spoilt, budget, weights={name: Uniform(4)}, solver=solver)
+    assert plan.weights[name].bits == 4 and plan.size_bits <= 150e3
+
+
+def test_every_point_of_a_weight_is_a_product(measured):
+    graph, found = measured
+    costs, table = {}, SystolicArray().latency(graph)
+    for points in (1, 3):
+        plan = brecq_jax.make_plan(graph, Multipoint(4, points=points), Uniform(8))
+        costs[points] = mixed_precision.plan_costs(graph, plan, table)
+    assert costs[3]["bops"] == 3 * costs[1]["bops"]
+    assert costs[3]["latency_us"] == pytest.approx(3 * costs[1]["latency_us"])
+    assert costs[1]["bops"] == mixed_precision.plan_costs(graph, brecq_jax.make_plan(graph, Uniform(4), Uniform(8)))["bops"]
+
+
 def test_refusals_say_what_to_write(measured):
     graph, found = measured
+    for bound in (float("nan"), -1.0):
+        with pytest.raises(ValueError, match=f"latency_us={bound}: write a number"):
+            Budget(latency_us=bound)
+    with pytest.raises(TypeError, match=r"1000000.0 is a float. Write Budget\(size_bits=1000000.0\)"):
+        brecq_jax.search(graph, found, 1e6)
     with pytest.raises(ValueError, match="nothing is bounded"):
         brecq_jax.search(graph, found, Budget())
     with pytest.raises(ValueError, match="latency_us needs a table"):
@@ -204,7 +315,11 @@ def test_latency_is_a_table_of_ones_own(measured, tmp_path):
     (tmp_path / "short.csv").write_text("# mine\nlayer,weight_bits,act_bits,us\nstem/kernel,8,32,1.5\n")
     with pytest.raises(ValueError, match="has no .*Add a row"):
         brecq_jax.search(graph, found, Budget(latency_us=1.0), latency=mixed_precision.read_latency(tmp_path / "short.csv"))
-    for text, words in (("a,b\n1,2\n", "has the columns"), ("layer,weight_bits,act_bits,us\nx,8,8,1\n# mine\nx,8,8,fast\n", "line 4")):
+    head = "layer,weight_bits,act_bits,us\n"
+    for text, words in (
+        ("a,b\n1,2\n", "has the columns"), (f"{head}x,8,8,1\n# mine\nx,8,8,fast\n", "line 4"), (f"{head}x,8,8,nan\n", "line 2: nan µs is no time"),
+        (f"{head}x,8,8,-1\n", "line 2: -1.0 µs"), (f"{head}x,8,8,1\nx,8,4,1\nx,8,8,2\n", "line 4: .* has a row already"),
+    ):  # fmt: skip
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
             mixed_precision.read_latency(tmp_path / "bad.csv")

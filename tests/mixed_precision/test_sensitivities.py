@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,12 +13,13 @@ import pytest
 
 import brecq_jax
 from brecq_jax import mixed_precision, solvers
+from brecq_jax.__main__ import load_config
 from brecq_jax._calibrate import Hooks, forward, learned_outputs
 from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem
 from brecq_jax._plan import make_plan
 from brecq_jax._qarray import quantize_array
-from brecq_jax.formats import Uniform
+from brecq_jax.formats import Multipoint, Uniform
 from brecq_jax.mixed_precision.sensitivities import READS, divergence
 from brecq_jax.solvers.nearest import fit_activations
 
@@ -101,8 +104,62 @@ def test_side_by_side_is_one_by_one(digits, found, monkeypatch):
 
 
 def test_a_file_holds_them(found, tmp_path):
-    found.save(tmp_path / "sensitivities.json")
-    assert mixed_precision.Sensitivities.load(tmp_path / "sensitivities.json") == found
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+    assert mixed_precision.Sensitivities.load(path) == found
+    assert found.measured_with == {"error": "squared_error", "solver": "nearest", "examples": COUNT}
+    assert list(tmp_path.iterdir()) == [path]  # nothing is left of writing it
+
+
+def test_a_file_that_was_not_written_whole_leaves_the_old_one(found, tmp_path, monkeypatch):
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(found, losses={}).save(path)
+    assert mixed_precision.Sensitivities.load(path) == found
+
+
+def test_a_file_from_before_what_it_was_measured_with_was_noted_is_read(found, tmp_path):
+    path = tmp_path / "sensitivities.json"
+    found.save(path)
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "measured_with"}))
+    assert mixed_precision.Sensitivities.load(path) == dataclasses.replace(found, measured_with={})
+
+
+@pytest.mark.parametrize(("text", "words"), [('{"weights": []}', "holds no sensitivities"), ("[]", "holds no sensitivities"), ("layer,us\n", "is no JSON")])
+def test_a_file_of_something_else_is_refused(text, words, tmp_path):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        mixed_precision.Sensitivities.load(tmp_path / "other.json")
+
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs/mixed_precision.py")
+
+
+def test_the_config_refuses_a_file_that_was_measured_with_something_else(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(brecq_jax.models, "train_digits", lambda seed: digits)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # no bar
+    overrides = ["--config.choices=2,4", "--config.examples=16", f"--config.sensitivities={tmp_path / 'sensitivities.json'}"]
+    plan = load_config(CONFIG, overrides).build().weights
+    noted = mixed_precision.Sensitivities.load(tmp_path / "sensitivities.json").measured_with
+    assert noted == {"error": "relative_error", "solver": "nearest", "examples": 16, "learned_steps": 0, "seed": 0}
+    monkeypatch.setattr(mixed_precision, "measure", None)  # from here on there is only the file
+    assert load_config(CONFIG, [*overrides, "--config.base=digits_w4a8 --config.seed=1"]).build().weights == plan
+    for other, words in (
+        ("choices=2,3", r"choices is \[2, 4\] there and \[2, 3\] here"),
+        ("act_choices=8", r"act_choices is \[\] there and \[8\] here"),
+        ("error=divergence", "error is relative_error there and divergence here"),
+        ("examples=8", "examples is 16 there and 8 here"),
+        ("learned_steps=5", "learned_steps is 0 there and 5 here"),
+        ("base=digits_lapq", "preset is brecq there and uniform here"),
+    ):
+        with pytest.raises(ValueError, match=words + "(?s:.*)Give another file"):
+            load_config(CONFIG, [*overrides, f"--config.{other}"]).build()
 
 
 def test_a_picture_shows_them(found, tmp_path):
@@ -147,7 +204,40 @@ def test_slices_of_one_parameter_are_one_decision():
     assert len(slices) == 3 and len(set(slices)) == 1
 
 
-@pytest.mark.parametrize("choices", [(), (Uniform(4), Uniform(2))])
+def test_a_solver_learns_each_choice_beside_what_the_preset_fixes(digits):
+    plans = []
+
+    def spy(problem, guess, key):
+        plans.append(problem.plan)
+        return guess, ()
+
+    model = digits.variables, digits.model.apply, digits.train_images[:8]
+    mixed_precision.measure(*model, weights=CHOICES, preset="brecq", solver=spy, progress=False)
+    for plan, format in zip(plans, CHOICES, strict=True):
+        bits = {name: own.bits for name, own in plan.weights.items()}
+        assert bits.pop("stem/kernel") == bits.pop("head/kernel") == 8 and set(bits.values()) == {format.bits}
+
+
+def test_choices_may_have_a_solver_each(digits):
+    choices, images = (Uniform(2), Multipoint(2, points=2, tolerance=0.0)), digits.train_images[:16]
+    model, given = (digits.variables, digits.model.apply, images), [None, solvers.multipoint()]
+    found = mixed_precision.measure(*model, weights=choices, solver=given, progress=False)
+    assert found.measured_with["solver"] == "nearest, multipoint"
+    coarse, fine = map(sum, zip(*found.losses.values(), strict=True))
+    assert fine < coarse
+    with pytest.raises(ValueError, match="there are 2 for 3 choices"):
+        mixed_precision.measure(*model, weights=(Uniform(2), *choices), solver=given)
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"), [((Uniform(2), None), "None is no format"), ((2, 4), "2 is no format"), (Uniform(4), "is a Uniform. Write a sequence")]
+)
+def test_what_is_no_choice_is_refused(digits, choices, words):
+    with pytest.raises(TypeError, match=words):
+        mixed_precision.measure(digits.variables, digits.model.apply, digits.train_images[:8], weights=choices)
+
+
+@pytest.mark.parametrize("choices", [(), (Uniform(4), Uniform(2)), (Multipoint(3), Uniform(4))])
 def test_choices_come_in_order(digits, choices):
     with pytest.raises(ValueError, match="Write them fewest bits first"):
         mixed_precision.measure(digits.variables, digits.model.apply, digits.train_images[:8], weights=choices)
