@@ -175,6 +175,25 @@ def test_a_setting_may_be_a_tuple(sweep):
     assert trial.settings["b"] == (1, 2) and trial.result()["figures"] == {"score": 1.0}
 
 
+def test_a_value_with_commas_is_quoted_and_a_plus_splits_only_where_keys_have_one(sweep):
+    sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', 'b: str = "x"\n    c: tuple[int, ...] = ()'))
+    trials = trials_of(sweep, 'c="2,4,8","2,3,4,8",5', "b=lapq+adaround,")
+    assert [(t.settings["c"], t.settings["b"]) for t in trials] == list(itertools.product([(2, 4, 8), (2, 3, 4, 8), (5,)], ["lapq+adaround", ""]))
+    assert len({t.path for t in trials}) == 6 and [t.settings["b"] for t in trials_of(sweep, "b=")] == [""]
+    assert [(t.settings["a"], t.settings["c"]) for t in trials_of(sweep, 'a+c="1+2,3",4+5')] == [(1, (2, 3)), (4, (5,))]
+
+
+@pytest.mark.parametrize("text", ['{"settings"', "[1]", "{}", '{"settings": {}, "figures": {}, "quantize_seconds": null}'])
+def test_a_result_that_cannot_be_read_is_named(text, sweep, capsys):
+    (trial,) = trials_of(sweep, "a=1")
+    trial.path.mkdir(parents=True)
+    (trial.path / "result.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        sweep("--vary=a=1")
+    assert stop.value.code == 2
+    assert re.search(r"a=1/result.json cannot be read as a result: .*Remove .*a=1, and its trial", capsys.readouterr().err)
+
+
 def test_a_setting_may_be_none(sweep):
     sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', "b: int | None = 3"))
     assert [trial.settings["b"] for trial in trials_of(sweep, "b=None,5")] == [None, 5]
@@ -212,6 +231,7 @@ def test_arguments_may_come_from_a_file(sweep, tmp_path):
         ([], "nothing varies. Give --vary=KEY=VALUE"),
         (["--vary=a"], "--vary=a: not understood"),
         (["--vary=a+b=1"], r"Write KEY=VALUE,VALUE, or KEY\+KEY"),
+        (['--vary=b="1,2'], "not understood.*double quotes around each value"),
         (["--vary=a=1,1"], "a=1 comes twice"),
         (["--vary=c=1"], "has no such key. It has a, b, seed"),
         (["--vary=a=one"], "of type int"),
