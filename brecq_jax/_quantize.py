@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from brecq_jax import data, solvers
 from brecq_jax._blocks import partition
 from brecq_jax._graph import Graph, leaf_names
-from brecq_jax._journal import check_same_everywhere, digest, opened
+from brecq_jax._journal import check_same_everywhere, digest, library, opened
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
@@ -150,7 +150,7 @@ def _read(problem: Problem) -> Graph:
 def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]:
     """Digests of all that the codes depend on. Devices are left out: a run may go on on others (docs/pods.md)."""
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct((min(problem.count, 32), *a.shape[1:]), a.dtype), problem.inputs)
-    plan, here = problem.plan, pathlib.Path(__file__).parent
+    plan = problem.plan
     return {
         "params": digest(leaf_names(problem.params), problem.leaves),
         "apply_fn": digest(jax.jit(problem.apply_fn).lower(problem.params, inputs).as_text()),
@@ -162,7 +162,7 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
         "memory_budget_gb": digest(problem.memory_budget_gb if problem.bfloat16_caches else None),  # what is computed again is not rounded
         "bfloat16_caches": digest(problem.bfloat16_caches),
         "key": digest(key),
-        "library": digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))]),
+        "library": library(),
     }
 
 

@@ -15,9 +15,13 @@ that seconds with `--jobs` above 1 are those of fewer cores.
 Compiled programs are kept in WORKDIR/compiled (or where JAX_COMPILATION_CACHE_DIR says), so that trials that differ in their seed alone compile theirs
 once: the first of each such group starts before the rest, and the seconds of those that start after its end have hardly any compilation in them.
 What the float model gives is kept in WORKDIR/float_outputs, so that it is scored once.
+
+Where trials are of several versions of jax and this library, a line below the table says so. Their means are of all of them: give a new --workdir to
+have one version alone.
 """
 
 import argparse
+import collections
 import concurrent.futures
 import csv
 import dataclasses
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Trial]:
     parser.add_argument("--config", required=True, help="see python -m brecq_jax --help; --config.KEY=VALUE holds for all trials")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a folder for the trials' folders")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY[+KEY]=VALUE[+VALUE],…")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at a time; 0: none, print the table of what is there")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, on CPUs (GPUs and TPUs: docs/pods.md); 0: none, print the table of what is there")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th trial, from the I-th on: for N machines")
     known, fixed = parser.parse_known_args(arguments)
     try:
@@ -216,7 +220,14 @@ def table(trials: list[Trial]) -> str:
         done = [result for result in row if result]
         cells = [_cell([r["figures"][name] for r in done if name in r["figures"]], 2) for name in figures]
         lines.append([*(v for _, v in key), f"{len(done)} of {len(row)}", *cells, _cell([r["quantize_seconds"] for r in done], 0)])
-    return "\n".join("|".join(["", *line, ""]) for line in lines)
+    return "\n".join(["|".join(["", *line, ""]) for line in lines] + _versions(results))
+
+
+def _versions(results: list[dict]) -> list[str]:
+    """A line for below the table where results are of several versions of the library; those of old runs do not say theirs."""
+    counts = collections.Counter(result.get("library", "unknown")[:8] for result in results)
+    told = ", ".join(f"{version} ({count} {'trial' if count == 1 else 'trials'})" for version, count in counts.items())
+    return [f"\ntrials of {len(counts)} versions of the library: {told}"] if len(counts) > 1 else []
 
 
 def _cell(values: list[float], digits: int) -> str:

@@ -59,10 +59,10 @@ def sweep(tmp_path):
     return run
 
 
-def made_up(trial, **figures):
-    """A result as a finished run leaves it."""
+def made_up(trial, more=(), **figures):
+    """A result as a finished run leaves it; without its version, as runs once left it."""
     trial.path.mkdir(parents=True, exist_ok=True)
-    (trial.path / "result.json").write_text(json.dumps({"settings": trial.settings, "figures": figures, "quantize_seconds": 3.2}))
+    (trial.path / "result.json").write_text(json.dumps({"settings": trial.settings, "figures": figures, "quantize_seconds": 3.2, **dict(more)}))
 
 
 def trials_of(sweep, *vary):
@@ -90,7 +90,7 @@ def test_a_trial_stopped_half_way_goes_on(sweep):
     (trial.path / "result.json.part").write_text('{"settings"')
     sweep("--vary=a=1")
     assert sweep.built() == ["1x0"]
-    assert trial.result()["figures"] == {"score": 10.0}
+    assert trial.result()["figures"] == {"score": 10.0} and len(trial.result()["library"]) == 64
     assert not (trial.path / "model" / "half").exists() and not (trial.path / "unfinished").exists()
 
 
@@ -136,6 +136,15 @@ def test_seeds_share_a_row_with_mean_and_sample_deviation(sweep):
     for trial, score in zip(trials[:4], (1.0, 2.0, 4.5, 7.0), strict=True):
         made_up(trial, score=score)
     assert table(trials).splitlines()[2:] == ["|1|x|3 of 3|2.50 ± 1.80|3 ± 0|", "|2|y|1 of 3|7.00|3|"]
+
+
+def test_trials_of_several_versions_of_the_library_are_told_of(sweep):
+    trials = trials_of(sweep, "a=1", "seed=0,1,2,3")
+    for trial, version in zip(trials[:3], ({}, {"library": "b" * 64}, {"library": "b" * 64}), strict=True):
+        made_up(trial, version, score=1.0)
+    assert table(trials).splitlines()[3:] == ["", "trials of 2 versions of the library: unknown (1 trial), bbbbbbbb (2 trials)"]
+    made_up(trials[0], {"library": "b" * 64}, score=1.0)
+    assert len(table(trials).splitlines()) == 3
 
 
 def test_of_trials_that_share_compiled_programs_one_goes_first(sweep, monkeypatch):
