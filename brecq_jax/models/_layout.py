@@ -28,13 +28,14 @@ IGNORED = ("num_batches_tracked", "embeddings.position_ids", "pooler.dense.weigh
 Naming = Sequence[tuple[str, str]]
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming], where: str) -> Any:
+def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming], where: str, classes: int | None = None) -> Any:
     """Flax variables out of PyTorch tensors.
 
     Args:
       abstract: the variables' shapes, as `jax.eval_shape(model.init, …)` gives.
       namings: by source. The one with the most names in common with `tensors` is taken.
       where: what to call the tensors in errors.
+      classes: how many logits the model has, if that is a field `classes` of it.
 
     Raises:
       ValueError: the tensors that are missing, unexpected or of another shape, all of them.
@@ -57,8 +58,23 @@ def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mappin
     if missing or unexpected or misshapen:
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         told = "; ".join(f"{what}: {', '.join(wrong)}" for what, wrong in parts if wrong)
-        raise ValueError(f"{where}: the checkpoint is of another model. By the names of {source}: {told}")
+        hint = _other_classes(names[source], leaves, tensors, classes) if misshapen and not (missing or unexpected) else ""
+        raise ValueError(f"{where}: the checkpoint is of another model. By the names of {source}: {told}{hint}")
     return jax.tree.unflatten(treedef, values)
+
+
+def _other_classes(names: Sequence[str], leaves, tensors: Mapping[str, np.ndarray], classes: int | None) -> str:
+    """What to write if the checkpoint differs by its number of classes alone: no tensor but one layer's has other outputs, and no other inputs."""
+    layers, counts = set(), set()
+    for name, (path, leaf) in zip(names, leaves, strict=True):
+        axes = _place(path, leaf)[1]
+        (count, *there), (outputs, *here) = (tensors[name].shape or (0,)), (leaf.shape[axes.index(i)] for i in range(len(axes)))
+        if there != here or count != outputs and outputs != classes:
+            return ""
+        if count != outputs:
+            layers.add(name.rpartition(".")[0])
+            counts.add(count)
+    return f". It has other classes: write classes={counts.pop()}." if len(layers) == len(counts) == 1 else ""
 
 
 def _place(path, leaf) -> tuple[str, tuple[int, ...]]:
