@@ -62,7 +62,7 @@ class Config:
         if not self.weights or not (self.data or self.dataset):
             raise ValueError("Give --config.weights=CHECKPOINT, and --config.data=FOLDER or --config.dataset=imagenet2012.")
         model, variables = models.load_pretrained(self.architecture, self.weights)
-        prepare = models.ARCHITECTURES[self.architecture].preprocessing
+        prepare = models.preprocessing_of(self.architecture, self.weights)
         calibration, scored = data.open_images(self.data, self.dataset)
         scored = scored.spread(-(-self.evaluation // jax.process_count())) if self.evaluation else scored
         pixels = data.calibration_crops(calibration, self.calibration, prepare.size, self.seed, prepare.interpolation)

@@ -181,8 +181,8 @@ def made_up_imagenet(folder, monkeypatch) -> list[str]:
     model = brecq_jax.models.ResNetCifar()
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     preprocessing = types.SimpleNamespace(size=32, crop=0.875, interpolation="bilinear", normalize=lambda pixels: pixels / jnp.float32(255))
-    architectures = {"resnet18": types.SimpleNamespace(preprocessing=preprocessing)}
-    monkeypatch.setattr(brecq_jax.models, "ARCHITECTURES", architectures, raising=False)
+    monkeypatch.setattr(brecq_jax.models, "ARCHITECTURES", {"resnet18": None}, raising=False)
+    monkeypatch.setattr(brecq_jax.models, "preprocessing_of", lambda name, path: preprocessing, raising=False)
     monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables), raising=False)
     return ["--config.weights=made-up", f"--config.data={folder}"]
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from brecq_jax.models import bert, efficientnet_lite, mnasnet, mobilenet_v2, regnet, resnet, resnet_cifar, vit
-from brecq_jax.models._layout import Naming, from_torch
+from brecq_jax.models._layout import Naming, from_torch, source_of
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models._safetensors import read_safetensors
 from brecq_jax.models._torch_files import read_torch
@@ -26,17 +26,21 @@ WRAPPED = "module."
 class Architecture:
     """`build()` makes the Linen module; keywords change its fields.
 
-    `namings`: by source, from our names to its names. `preprocessing` is that of the weights of the first source.
+    `namings`: by source, from our names to its names (docs/results.md has the versions and files that they were compared with).
+    `preprocessing`: short side 256 and the central 224, bilinear, as the BRECQ paper evaluates; of EfficientNet-Lite TensorFlow's
+    (efficientnet/lite), of CIFAR's networks akamaster/pytorch_resnet_cifar10's, of ViT timm's. `others`: by source, where it is known to be another.
+    Names do not tell a recipe: weights that were trained otherwise under the same names need what their author says.
     """
 
     build: Callable[..., nn.Module]
     preprocessing: Preprocessing
     namings: Mapping[str, Naming]
+    others: Mapping[str, Preprocessing] = dataclasses.field(default_factory=dict)
 
 
 def _vit(features: int, heads: int) -> Architecture:
     build = functools.partial(vit.ViT, features=features, heads=heads, mlp_features=4 * features)
-    return Architecture(build, vit.PREPROCESSING, vit.NAMINGS)
+    return Architecture(build, vit.PREPROCESSING, vit.NAMINGS, dict.fromkeys((n for n in vit.NAMINGS if n != "timm"), vit.TORCHVISION_PREPROCESSING))
 
 
 ARCHITECTURES = {
@@ -69,7 +73,7 @@ ENCODERS = {"minilm_l6": functools.partial(bert.SentenceEncoder, 30_522, 512, 2,
 
 
 def load_pretrained(name: str, path: str | pathlib.Path, **fields) -> tuple[nn.Module, Any]:
-    """A network of ARCHITECTURES or ENCODERS with the weights of a checkpoint: (model, variables).
+    """A network of ARCHITECTURES or ENCODERS with the weights of a checkpoint: (model, variables). What pixels they take: `preprocessing_of`.
 
         model, variables = models.load_pretrained("mobilenet_v2", "flowers.pth", width=1.4, classes=102)
 
@@ -84,6 +88,21 @@ def load_pretrained(name: str, path: str | pathlib.Path, **fields) -> tuple[nn.M
     """
     model, abstract, namings = _abstract(name, fields)
     return model, from_torch(_read(path), abstract, namings, f"{path} as {name}", getattr(model, "classes", None))
+
+
+def preprocessing_of(name: str, path: str | pathlib.Path, **fields) -> Preprocessing:
+    """What the weights of a checkpoint take, by the source whose names its tensors have. Arguments: those of `load_pretrained`.
+
+    Torchvision's ViT-B/16 and timm's differ by it; see `Architecture` for what names do not tell.
+
+    Raises:
+      FileNotFoundError, TypeError, ValueError: as `load_pretrained`, but for tensors of another model; an encoder, which takes no pixels.
+    """
+    if name in ENCODERS:
+        raise ValueError(f"preprocessing_of: {name} takes no pixels: write one of {', '.join(ARCHITECTURES)}.")
+    _, abstract, namings = _abstract(name, fields)
+    architecture = ARCHITECTURES[name]
+    return architecture.others.get(source_of(_read(path), abstract, namings), architecture.preprocessing)
 
 
 def _abstract(name: str, fields: Mapping[str, Any]) -> tuple[nn.Module, Any, Mapping[str, Naming]]:

@@ -145,6 +145,24 @@ def test_preprocessing_is_the_sources(name, size, short_side, interpolation, whi
     np.testing.assert_allclose(pixels[0, 0, 0, 0], white, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("names", "short_side", "interpolation", "white"), [
+    ("timm", 249, "bicubic", 1), ("torchvision", 256, "bilinear", (1 - 0.485) / 0.229),
+    ("torchvision's released file", 256, "bilinear", (1 - 0.485) / 0.229),
+])  # fmt: skip
+def test_a_vits_preprocessing_is_that_of_the_source_whose_names_it_has(names, short_side, interpolation, white, tmp_path):
+    naming = models.ARCHITECTURES["vit_b16"].namings[names]
+    leaves = jax.tree.leaves_with_path(jax.eval_shape(models.ViT().init, jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32)))
+    tensors = {_layout._name(path, leaf, naming): np.zeros(1, np.float32) for path, leaf in leaves}  # shapes are not asked for
+    found = models.preprocessing_of("vit_b16", write_safetensors(tmp_path / "a.safetensors", tensors))
+    assert (found.size, round(found.size / found.crop), found.interpolation) == (224, short_side, interpolation)
+    np.testing.assert_allclose(found.normalize(np.full((1, 1, 1, 3), 255, np.uint8))[0, 0, 0, 0], white, rtol=1e-5)
+
+
+def test_an_encoder_has_no_preprocessing():
+    with pytest.raises(ValueError, match="minilm_l6 takes no pixels: write one of resnet18"):
+        models.preprocessing_of("minilm_l6", "a.safetensors")
+
+
 def test_pixels_that_were_scaled_before_are_refused():
     with pytest.raises(TypeError, match="float32.*uint8"):
         models.ARCHITECTURES["resnet18"].preprocessing.normalize(np.ones((1, 2, 2, 3), np.float32))
