@@ -91,6 +91,7 @@ def quantize(
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
     _, notes = partition(graph, blocks)
+    notes += _idle(solver, mesh)
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
@@ -111,6 +112,7 @@ def quantize(
 # docs/results.md has the tables that chose it. Published schedules have names: `solvers.adaround()`, `solvers.brecq()`.
 DEFAULT_SOLVER = solvers.annealed()
 
+ONE_DEVICE = ("nearest", "second_order", "lapq", "distilled")  # modules of solvers without a shared step
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
@@ -131,6 +133,13 @@ def _check_function(apply_fn: Callable):
     except TypeError:
         kind = type(apply_fn).__name__
         raise TypeError(f"apply_fn is a {kind} that has no hash (a dataclass, perhaps). Write lambda params, inputs: net(params, inputs).") from None
+
+
+def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:
+    """A note where devices of the mesh have nothing to do: a chain of solvers may use them, and has none."""
+    room, _, name = getattr(solver, "__module__", "").rpartition(".")
+    idle = mesh is not None and mesh.size > 1 and room == solvers.__name__ and name in ONE_DEVICE
+    return (f"mesh: solvers.{name} works on one device; the others are idle (docs/pods.md)",) if idle else ()
 
 
 def _read(problem: Problem) -> Graph:
