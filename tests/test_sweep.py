@@ -1,15 +1,20 @@
 """Sweeps: resumed, shared out, stopped half-way, with a trial that fails; and the table."""
 
+import errno
 import fcntl
 import itertools
 import json
+import os
 import re
 import textwrap
 import threading
 
+import jax
+import numpy as np
 import pytest
 
 from brecq_jax import sweep as module
+from brecq_jax._journal import remembered
 from brecq_jax.sweep import firsts_first, main, make_trials, run_all, shard, table
 
 CONFIG = """
@@ -166,6 +171,25 @@ def test_the_float_model_is_scored_once_for_the_same_inputs(sweep):
     trials = sweep("--config.b=scored", "--vary=seed=2", "--vary=a=1,2")
     assert [t.result()["figures"]["float"] for t in trials] == [64.0, 96.0]
     assert sorted((sweep.folder / "float_outputs").iterdir()) == kept
+
+
+def test_float_outputs_that_cannot_be_written_stop_no_trial(tmp_path):
+    """Their folder is a file here, as a disk that is full of others' files: OSError."""
+    (tmp_path / "file").write_text("")
+    types = jax.ShapeDtypeStruct((2,), np.float32)
+    with pytest.warns(UserWarning, match="file/outputs could not be written"):
+        found = remembered(tmp_path / "file" / "outputs", types, lambda: np.ones(2, np.float32))
+    np.testing.assert_array_equal(found, [1, 1])
+
+
+def test_half_written_float_outputs_are_removed(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        remembered(tmp_path / "outputs", jax.ShapeDtypeStruct((2,), np.float32), lambda: np.ones(2, np.float32))
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_of_other_settings_are_not_taken_for_these(sweep, capsys):
