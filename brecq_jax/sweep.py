@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Trial]:
     parser.add_argument("--config", required=True, help="see python -m brecq_jax --help; --config.KEY=VALUE holds for all trials")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a folder for the trials' folders")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY[+KEY]=VALUE[+VALUE],…")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, 1 on GPUs and TPUs (docs/pods.md); 0: print the table of what is there")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, 1 on GPUs and TPUs (docs/pods.md); 0: print the table as it is")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th trial, from the I-th on: for N machines")
     known, fixed = parser.parse_known_args(arguments)
     try:
