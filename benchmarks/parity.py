@@ -167,7 +167,7 @@ def main() -> None:
 
 def real_rows(name: str, file: str, sources: dict, folder: str | None):
     """Lines of the table for the sources whose names are the file's."""
-    preprocessing = models.ARCHITECTURES[name].preprocessing
+    preprocessing = models.preprocessing_of(name, file)
     if folder:
         crop = functools.partial(data.center_crop, size=preprocessing.size, fraction=preprocessing.crop, interpolation=preprocessing.interpolation)
         parts, labels = zip(*data.stream(data.open_images(folder)[1], crop, CHUNK), strict=True)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="a folder for model/, result.json, report.html: new, or an interrupted run's, to go on")
     parser.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     parser.add_argument("--float-outputs", help="a folder that keeps what the float model gives while it is scored, for other runs of it")
-    parser.add_argument("--devices", type=int, default=1, help="how many devices share each batch; 0: all of them")
+    parser.add_argument("--devices", type=int, help="how many devices share each batch: 1 without this; 0: all of them")
     parser.add_argument("--process", default="", help="one of many, on all their devices: I/N@HOST:PORT for process I of 0 to N-1, "
                         "HOST:PORT that of process 0; or `auto` on a TPU pod, under SLURM or Open MPI")  # fmt: skip
     known, overrides = parser.parse_known_args(arguments)
@@ -48,20 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def make_mesh(devices: int, process: str) -> Mesh | None:
+def make_mesh(devices: int | None, process: str) -> Mesh | None:
     """The mesh of the command line; None for one device. Joins the other processes, where there are some.
 
     Raises:
-      ValueError: there are not so many devices, or the process is not understood.
+      ValueError: there are not so many devices, or the process is not understood, or is to use some of its devices alone.
     """
-    if process == "auto":
-        jax.distributed.initialize()
-    elif process:
-        if not (match := re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process)) or int(match[1]) >= int(match[2]):
-            raise ValueError(f"--process={process}: write I/N@HOST:PORT with I from 0 to N-1, as 0/2@localhost:1234, or auto.")
+    match = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process)
+    if process not in ("", "auto") and (not match or int(match[1]) >= int(match[2])):
+        raise ValueError(f"--process={process}: write I/N@HOST:PORT with I from 0 to N-1, as 0/2@localhost:1234, or auto.")
+    if process and devices:
+        raise ValueError(f"--devices={devices} with --process={process}: many processes share each batch on all their devices. Leave --devices out.")
+    if match:
         jax.distributed.initialize(match[3], int(match[2]), int(match[1]))
-    if process:
-        devices = 0
+    elif process:
+        jax.distributed.initialize()
+    devices = (0 if process else 1) if devices is None else devices
     if not 0 <= devices <= jax.device_count():
         raise ValueError(f"--devices={devices}: there are {jax.device_count()}. Write 0 for all of them.")
     return None if devices == 1 else Mesh(np.array(jax.devices()[: devices or None]), ("data",))

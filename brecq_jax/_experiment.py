@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from brecq_jax import report
-from brecq_jax._journal import digest, locked, remembered, write_whole
+from brecq_jax._journal import digest, library, locked, remembered, write_whole
 from brecq_jax._plan import Rules
 from brecq_jax._quantize import quantize
 from brecq_jax.deploy import save
@@ -75,6 +75,7 @@ def execute(
             "float_mb": quantized.report.float_bits / 8e6,
             "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
+            "library": library(),
         }
         if jax.process_index() == 0:
             shutil.rmtree(model, ignore_errors=True)  # half of one, if the run was interrupted here

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-RUN = "run"
+RUN, PART = "run", ".part"
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -154,7 +154,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 def write_whole(path: pathlib.Path, data: bytes):
     """All of the file or nothing of it: it has its name once its bytes are on the disk."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         file.write(data)
         file.flush()
@@ -168,15 +168,23 @@ def write_whole(path: pathlib.Path, data: bytes):
 
 
 def remembered(path: pathlib.Path, types: Any, compute: Callable[[], Any]) -> Any:
-    """What `compute()` gives, a tree of arrays of these types: read, if the file is there and whole; else computed, and written."""
+    """What `compute()` gives, a tree of arrays of these types: read, if the file is there and whole; else computed, and written.
+
+    Where it cannot be written, as on a full disk, a warning says so: nobody needs the file.
+    """
     packed = _unsealed(path.read_bytes()) if path.is_file() else None
     if packed is not None:
         return _tree_of(packed, types)
     found = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     mine = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another process, of another host too, may be writing the same
-    write_whole(mine, _sealed(_bytes_of(found)))
-    mine.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(mine, _sealed(_bytes_of(found)))
+        mine.rename(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written, so it is computed again when it is needed: {error}", stacklevel=2)
+        with contextlib.suppress(OSError):
+            mine.with_name(mine.name + PART).unlink()
     return found
 
 
@@ -238,6 +246,13 @@ def digest(*values: Any) -> str:
     total = hashlib.sha256()
     _feed(total, values, ())
     return total.hexdigest()
+
+
+@functools.cache
+def library() -> str:
+    """SHA-256 of jax's version and of every source file of this library, as they are when a process first asks."""
+    here = pathlib.Path(__file__).parent
+    return digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))])
 
 
 def _feed(total, x: Any, outside: tuple[int, ...]):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from brecq_jax import data, solvers
 from brecq_jax._blocks import partition
 from brecq_jax._graph import Graph, leaf_names
-from brecq_jax._journal import check_same_everywhere, digest, opened
+from brecq_jax._journal import check_same_everywhere, digest, library, opened
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, Rules, describe, make_plan
 from brecq_jax._progress import bar
@@ -91,6 +91,7 @@ def quantize(
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
     _, notes = partition(graph, blocks)
+    notes += _idle(solver, mesh)
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
@@ -111,6 +112,7 @@ def quantize(
 # docs/results.md has the tables that chose it. Published schedules have names: `solvers.adaround()`, `solvers.brecq()`.
 DEFAULT_SOLVER = solvers.annealed()
 
+ONE_DEVICE = ("nearest", "second_order", "lapq", "distilled")  # modules of solvers without a shared step
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
@@ -133,6 +135,13 @@ def _check_function(apply_fn: Callable):
         raise TypeError(f"apply_fn is a {kind} that has no hash (a dataclass, perhaps). Write lambda params, inputs: net(params, inputs).") from None
 
 
+def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:
+    """A note where devices of the mesh have nothing to do: a chain of solvers may use them, and has none."""
+    room, _, name = getattr(solver, "__module__", "").rpartition(".")
+    idle = mesh is not None and mesh.size > 1 and room == solvers.__name__ and name in ONE_DEVICE
+    return (f"mesh: solvers.{name} works on one device; the others are idle (docs/pods.md)",) if idle else ()
+
+
 def _read(problem: Problem) -> Graph:
     """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
     try:
@@ -150,7 +159,7 @@ def _read(problem: Problem) -> Graph:
 def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]:
     """Digests of all that the codes depend on. Devices are left out: a run may go on on others (docs/pods.md)."""
     inputs = jax.tree.map(lambda a: jax.ShapeDtypeStruct((min(problem.count, 32), *a.shape[1:]), a.dtype), problem.inputs)
-    plan, here = problem.plan, pathlib.Path(__file__).parent
+    plan = problem.plan
     return {
         "params": digest(leaf_names(problem.params), problem.leaves),
         "apply_fn": digest(jax.jit(problem.apply_fn).lower(problem.params, inputs).as_text()),
@@ -162,7 +171,7 @@ def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]
         "memory_budget_gb": digest(problem.memory_budget_gb if problem.bfloat16_caches else None),  # what is computed again is not rounded
         "bfloat16_caches": digest(problem.bfloat16_caches),
         "key": digest(key),
-        "library": digest(jax.__version__, [path.read_bytes() for path in sorted(here.rglob("*.py"))]),
+        "library": library(),
     }
 
 

@@ -3,8 +3,10 @@ r"""Run one config at many settings, a process each, and print the results as a 
     python -m brecq_jax.sweep --config=configs/resnet20_cifar10.py --workdir=runs/r20 --jobs=2 \
         --config.weights=… --config.data=… --vary=weight_bits+act_bits=8+8,4+0,2+0 --vary=method=nearest,brecq --vary=seed=0,1,2
 
-Every combination of the `--vary` values is a trial; `a+b=1+2,3+4` varies two keys together. Trials that differ in their seed
-alone are one row: mean ± sample standard deviation. `@FILE` stands for the arguments in a file (configs/*.sweep).
+Every combination of the `--vary` values is a trial; `a+b=1+2,3+4` varies two keys together. A value that has a comma is written in
+double quotes, the shell's single ones around it: --vary='choices="2,4,8","2,3,4,8"'. Only where a key has a + are values split at
+theirs: --vary=method=lapq+adaround is one value. Trials that differ in their seed alone are one row: mean ± sample standard
+deviation. `@FILE` stands for the arguments in a file (configs/*.sweep).
 
 A trial with a result is not run again, so that an interrupted sweep goes on where it stopped; one that was stopped half-way goes on
 after its last finished block. A trial that fails leaves its words in log.txt, and the others go on. Each process keeps to its share of the cores, so
@@ -13,10 +15,15 @@ that seconds with `--jobs` above 1 are those of fewer cores.
 Compiled programs are kept in WORKDIR/compiled (or where JAX_COMPILATION_CACHE_DIR says), so that trials that differ in their seed alone compile theirs
 once: the first of each such group starts before the rest, and the seconds of those that start after its end have hardly any compilation in them.
 What the float model gives is kept in WORKDIR/float_outputs, so that it is scored once.
+
+Where trials are of several versions of jax and this library, a line below the table says so. Their means are of all of them: give a new --workdir to
+have one version alone.
 """
 
 import argparse
+import collections
 import concurrent.futures
+import csv
 import dataclasses
 import fcntl
 import itertools
@@ -49,14 +56,18 @@ class Trial:
         """What the run gave, or None if it has not finished.
 
         Raises:
-          ValueError: the folder holds the result of other settings.
+          ValueError: the folder holds the result of other settings, or one that cannot be read.
         """
         file = self.path / "result.json"
         if not file.exists():
             return None
-        result = json.loads(file.read_text())
         mine = json.loads(json.dumps(self.settings))  # a tuple is a list there
-        other = [f"{k}={v} and not {mine[k]}" for k, v in result["settings"].items() if v != mine.get(k, v)]
+        try:
+            result = json.loads(file.read_bytes())
+            there, _, _ = (dict(result["settings"]), dict(result["figures"]), float(result["quantize_seconds"]))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"sweep: {file} cannot be read as a result: {error}. Remove {self.path}, and its trial is run again.") from error
+        other = [f"{k}={v} and not {mine[k]}" for k, v in there.items() if v != mine.get(k, v)]
         if other:
             raise ValueError(f"sweep: {file} was made with {', '.join(other)}. Give another --workdir.")
         return result
@@ -75,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Trial]:
     parser.add_argument("--config", required=True, help="see python -m brecq_jax --help; --config.KEY=VALUE holds for all trials")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="a folder for the trials' folders")
     parser.add_argument("--vary", action="append", default=[], metavar="KEY[+KEY]=VALUE[+VALUE],…")
-    parser.add_argument("--jobs", type=int, default=1, help="trials at a time; 0: none, print the table of what is there")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, 1 on GPUs and TPUs (docs/pods.md); 0: print the table as it is")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th trial, from the I-th on: for N machines")
     known, fixed = parser.parse_known_args(arguments)
     try:
@@ -85,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Trial]:
         finished = {t.path for t in trials if t.result()}
         unfinished = run_all(firsts_first([t for t in shard(trials, known.shard) if t.path not in finished]), known.jobs, known.workdir / "compiled")
         print(table(trials))
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError) as error:
         parser.exit(2, f"{type(error).__name__}: {error}\n")
     if unfinished:
         parser.exit(1, "".join(f"not finished: {path / 'log.txt'}: {words}\n" for path, words in unfinished.items()))
@@ -116,9 +127,17 @@ def make_trials(config: str, workdir: pathlib.Path, fixed: Sequence[str], vary: 
 
 def _axis(text: str) -> list[dict[str, str]]:
     names, sign, values = text.partition("=")
-    keys, choices = names.split("+"), [value.split("+") for value in values.split(",")]
-    if not sign or any(len(choice) != len(keys) for choice in choices):
-        raise ValueError(f"--vary={text}: not understood. Write KEY=VALUE,VALUE, or KEY+KEY=VALUE+VALUE,VALUE+VALUE.")
+    keys = names.split("+")
+    try:
+        written = next(csv.reader([values], strict=True)) or [""]
+    except csv.Error:
+        written = []
+    choices = [value.split("+") if len(keys) > 1 else [value] for value in written]
+    if not (sign and choices) or any(len(choice) != len(keys) for choice in choices):
+        raise ValueError(
+            f"--vary={text}: not understood. Write KEY=VALUE,VALUE, or KEY+KEY=VALUE+VALUE,VALUE+VALUE; "
+            'double quotes around each value that has a comma: KEY="1,2","3,4".'
+        )
     return [dict(zip(keys, choice, strict=True)) for choice in choices]
 
 
@@ -201,7 +220,14 @@ def table(trials: list[Trial]) -> str:
         done = [result for result in row if result]
         cells = [_cell([r["figures"][name] for r in done if name in r["figures"]], 2) for name in figures]
         lines.append([*(v for _, v in key), f"{len(done)} of {len(row)}", *cells, _cell([r["quantize_seconds"] for r in done], 0)])
-    return "\n".join("|".join(["", *line, ""]) for line in lines)
+    return "\n".join(["|".join(["", *line, ""]) for line in lines] + _versions(results))
+
+
+def _versions(results: list[dict]) -> list[str]:
+    """A line for below the table where results are of several versions of the library; those of old runs do not say theirs."""
+    counts = collections.Counter(result.get("library", "unknown")[:8] for result in results)
+    told = ", ".join(f"{version} ({count} {'trial' if count == 1 else 'trials'})" for version, count in counts.items())
+    return [f"\ntrials of {len(counts)} versions of the library: {told}"] if len(counts) > 1 else []
 
 
 def _cell(values: list[float], digits: int) -> str:

@@ -7,8 +7,10 @@ r"""Any ImageNet network that `models` knows, at any bits, by any of the paper's
 Claim: with first and last layer at 8 bits and 1,024 training images, blocks learned one by one keep ResNet-18 usable at 2 bits.
 
 `data` is a folder with train/ and val/, any folder of images (every other one scores), or, with `dataset`, the data_dir of a tfds set
-prepared as array_record (no TensorFlow). `weights` is a PyTorch checkpoint; the paper's are its authors' own, and others give other
-figures. Calibrates on random crops, scores central ones; images stay uint8, and what the quantized model takes is pixels.
+prepared as array_record: to prepare imagenet2012 takes `pip install tensorflow-cpu importlib_resources`, to read it no TensorFlow.
+Top-1 needs labels of all the network's classes: a folder for each in val/, or names that begin with their number. `weights` is a PyTorch
+checkpoint; the paper's are its authors' own, and others give other figures. Calibrates on random crops, scores central ones; images
+stay uint8, and what the quantized model takes is pixels.
 
 Time: not measured here. Paper's top-1 of ResNet-18 beside ours (no ImageNet on the machine; the other networks: paper, tables 2 and 3):
 
@@ -31,6 +33,18 @@ from jax.experimental import multihost_utils
 
 from brecq_jax import Experiment, data, models, solvers
 from brecq_jax.formats import Uniform
+
+
+def why_no_top1(scored: data.Images, logits: int) -> str:
+    """Why labels cannot be compared with logits; "" if they can."""
+    if scored.classes == 0:
+        return "no labels: agreement with the float model is all that is scored. For top-1 put the images that score in a folder for each class."
+    if scored.classes in (None, logits):
+        return ""
+    return (
+        f"no top-1: the labels are of {scored.classes} classes, and the network has {logits} logits. A label is the place of a class among all: "
+        "make the folders of the others, too (they may be empty), or begin each name with its class's number (000_a.jpg)."
+    )
 
 
 @dataclasses.dataclass
@@ -62,11 +76,18 @@ class Config:
         if not self.weights or not (self.data or self.dataset):
             raise ValueError("Give --config.weights=CHECKPOINT, and --config.data=FOLDER or --config.dataset=imagenet2012.")
         model, variables = models.load_pretrained(self.architecture, self.weights)
-        prepare = models.ARCHITECTURES[self.architecture].preprocessing
+        prepare = models.preprocessing_of(self.architecture, self.weights)
+
+        def apply_fn(variables, pixels):
+            return model.apply(variables, prepare.normalize(pixels))
+
         calibration, scored = data.open_images(self.data, self.dataset)
         scored = scored.spread(-(-self.evaluation // jax.process_count())) if self.evaluation else scored
         pixels = data.calibration_crops(calibration, self.calibration, prepare.size, self.seed, prepare.interpolation)
         crop = functools.partial(data.center_crop, size=prepare.size, fraction=prepare.crop, interpolation=prepare.interpolation)
+        unscored = why_no_top1(scored, jax.eval_shape(apply_fn, variables, pixels[:1]).shape[-1])
+        if unscored and jax.process_index() == 0:
+            print(unscored)
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.step_examples, learning_rate=self.learning_rate)
 
         def evaluate(float_apply, quantized_apply):
@@ -79,13 +100,13 @@ class Config:
             counts = np.array([seen, labelled, agree, right, float_right])
             seen, labelled, agree, right, float_right = multihost_utils.process_allgather(counts).reshape(-1, len(counts)).sum(0)
             figures = {"agreement_with_float": 100 * float(agree / seen)}
-            if labelled:
+            if labelled and not unscored:
                 figures |= {"float_top1": 100 * float(float_right / labelled), "quantized_top1": 100 * float(right / labelled)}
             return figures
 
         return Experiment(
             variables,
-            lambda variables, pixels: model.apply(variables, prepare.normalize(pixels)),
+            apply_fn,
             data.mirrored(pixels) if self.mirror else pixels,
             evaluate,
             weights=Uniform(self.weight_bits),

@@ -95,6 +95,27 @@ def test_devices_toss_the_coins_of_their_own_examples():
     subprocess.run([sys.executable, "-c", textwrap.dedent(COINS)], env=environment, check=True)
 
 
+IDLE = """
+    import jax
+    import jax.numpy as jnp
+    import brecq_jax
+    from brecq_jax import solvers
+    from brecq_jax._quantize import _idle
+
+    mesh = jax.make_mesh((8,), ("data",))
+    quantized = brecq_jax.quantize(jnp.eye(4), lambda w, x: x @ w, jnp.ones((8, 4)), solver=solvers.nearest(), mesh=mesh, progress=False)
+    assert "mesh: solvers.nearest works on one device; the others are idle (docs/pods.md)" in quantized.report.notes
+    assert all(_idle(solver, mesh) for solver in (solvers.second_order(), solvers.lapq(), solvers.distilled(lambda params, x: {})))
+    assert not any(_idle(solver, mesh) for solver in (solvers.adaround(), solvers.annealed(), lambda problem, guess, key: (guess, ())))
+    assert not _idle(solvers.nearest(), None)
+"""
+
+
+def test_devices_that_a_solver_leaves_idle_are_told_of():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(IDLE)], env=environment, check=True)
+
+
 def test_one_two_four_and_eight_devices_give_the_same_codes_and_do_not_stall(tmp_path):
     (tmp_path / "config.py").write_text(textwrap.dedent(CONFIG))
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -167,3 +188,6 @@ def test_what_cannot_be_shared_is_refused():
     for words in ("2/2@localhost:1", "0/2", "somewhere"):
         with pytest.raises(ValueError, match="write I/N@HOST:PORT"):
             make_mesh(1, words)
+    for process in ("auto", "0/2@localhost:1"):
+        with pytest.raises(ValueError, match=f"--devices=4 with --process={process}: .*Leave --devices out"):
+            make_mesh(4, process)

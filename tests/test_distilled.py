@@ -49,10 +49,10 @@ def problem():
 QUICK = solvers.Distillation(num_steps=40, batch_size=16, learning_rate=2e-3, checks=2)
 
 
-def quantized(solver, weights, activations=Uniform(8), given=None, **kw):
+def quantized(solver, weights, activations=Uniform(8), given=None, apply_fn=MODEL.apply, **kw):
     params, ids = given or problem()
     rules = {"head.*": None, "word.*": dataclasses.replace(weights, granularity="per_channel"), ".*": weights}
-    return brecq_jax.quantize(params, MODEL.apply, ids, weights=rules, activations=activations, solver=solver, progress=False, **kw), ids
+    return brecq_jax.quantize(params, apply_fn, ids, weights=rules, activations=activations, solver=solver, progress=False, **kw), ids
 
 
 def distance(model, ids):
@@ -111,6 +111,15 @@ def test_the_gradient_passes_the_rounding_unchanged():
         jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), gradient, weigh)
 
 
+def doubled(params, ids):
+    return 2 * MODEL.apply(params, ids)
+
+
+def doubled_features(params, ids):
+    """The same shapes, other values."""
+    return jax.tree.map(lambda a: 2 * a, features(params, ids))
+
+
 class Stopped(Exception):
     """The process ends here."""
 
@@ -151,6 +160,10 @@ def test_the_state_of_another_training_is_refused(tmp_path):
     params, ids = problem()
     with pytest.raises(ValueError, match="another training"):
         quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"), given=(params, ids[::-1]))
+    with pytest.raises(ValueError, match="another training.*features"):
+        quantized(solvers.distilled(doubled_features, short, folder), Ternary("per_tensor"))
+    with pytest.raises(ValueError, match="another training.*apply_fn"):
+        quantized(solvers.distilled(features, short, folder), Ternary("per_tensor"), apply_fn=doubled)
 
 
 def test_parameters_that_are_whole_numbers_stay():

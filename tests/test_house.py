@@ -178,11 +178,11 @@ def made_up_imagenet(folder, monkeypatch) -> list[str]:
             path = folder / split / f"class_{number % 2}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 255, (40, 50, 3), np.uint8)).save(path)
-    model = brecq_jax.models.ResNetCifar()
+    model = brecq_jax.models.ResNetCifar(classes=2)
     variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     preprocessing = types.SimpleNamespace(size=32, crop=0.875, interpolation="bilinear", normalize=lambda pixels: pixels / jnp.float32(255))
-    architectures = {"resnet18": types.SimpleNamespace(preprocessing=preprocessing)}
-    monkeypatch.setattr(brecq_jax.models, "ARCHITECTURES", architectures, raising=False)
+    monkeypatch.setattr(brecq_jax.models, "ARCHITECTURES", {"resnet18": None}, raising=False)
+    monkeypatch.setattr(brecq_jax.models, "preprocessing_of", lambda name, path: preprocessing, raising=False)
     monkeypatch.setattr(brecq_jax.models, "load_pretrained", lambda name, path: (model, variables), raising=False)
     return ["--config.weights=made-up", f"--config.data={folder}"]
 
@@ -192,6 +192,22 @@ def test_the_imagenet_config_says_what_it_needs(tmp_path, monkeypatch):
     for given, words in ((["--config.architecture=alexnet"], "alexnet: write one of resnet18"), (overrides[:1], "Give .*--config.data=FOLDER")):
         with pytest.raises(ValueError, match=words):
             load_config(str(ROOT / "configs/imagenet.py"), given).build()
+
+
+def test_the_imagenet_config_says_why_there_is_no_top_1(tmp_path, monkeypatch, capsys):
+    def figures():
+        experiment = load_config(str(ROOT / "configs/imagenet.py"), [*overrides, "--config.calibration=8"]).build()
+        return set(experiment.evaluate(*[lambda pixels: np.eye(2)[pixels[:, 0, 0, 0] % 2]] * 2))
+
+    overrides = made_up_imagenet(tmp_path, monkeypatch)
+    assert figures() == {"agreement_with_float", "float_top1", "quantized_top1"} and not capsys.readouterr().out
+    (tmp_path / "val" / "class_none").mkdir()
+    assert figures() == {"agreement_with_float"}
+    assert "no top-1: the labels are of 3 classes, and the network has 2 logits" in capsys.readouterr().out
+    for path in [*(tmp_path / "val").glob("*/*.jpg")]:
+        path.rename(tmp_path / "val" / path.name)
+    assert figures() == {"agreement_with_float"}
+    assert capsys.readouterr().out.startswith("no labels: ")
 
 
 SWEPT = ["configs/imagenet.py", "configs/resnet20_cifar10.py"]

@@ -1,15 +1,20 @@
 """Sweeps: resumed, shared out, stopped half-way, with a trial that fails; and the table."""
 
+import errno
 import fcntl
 import itertools
 import json
+import os
 import re
 import textwrap
 import threading
 
+import jax
+import numpy as np
 import pytest
 
 from brecq_jax import sweep as module
+from brecq_jax._journal import remembered
 from brecq_jax.sweep import firsts_first, main, make_trials, run_all, shard, table
 
 CONFIG = """
@@ -59,10 +64,10 @@ def sweep(tmp_path):
     return run
 
 
-def made_up(trial, **figures):
-    """A result as a finished run leaves it."""
+def made_up(trial, more=(), **figures):
+    """A result as a finished run leaves it; without its version, as runs once left it."""
     trial.path.mkdir(parents=True, exist_ok=True)
-    (trial.path / "result.json").write_text(json.dumps({"settings": trial.settings, "figures": figures, "quantize_seconds": 3.2}))
+    (trial.path / "result.json").write_text(json.dumps({"settings": trial.settings, "figures": figures, "quantize_seconds": 3.2, **dict(more)}))
 
 
 def trials_of(sweep, *vary):
@@ -90,7 +95,7 @@ def test_a_trial_stopped_half_way_goes_on(sweep):
     (trial.path / "result.json.part").write_text('{"settings"')
     sweep("--vary=a=1")
     assert sweep.built() == ["1x0"]
-    assert trial.result()["figures"] == {"score": 10.0}
+    assert trial.result()["figures"] == {"score": 10.0} and len(trial.result()["library"]) == 64
     assert not (trial.path / "model" / "half").exists() and not (trial.path / "unfinished").exists()
 
 
@@ -138,6 +143,15 @@ def test_seeds_share_a_row_with_mean_and_sample_deviation(sweep):
     assert table(trials).splitlines()[2:] == ["|1|x|3 of 3|2.50 ± 1.80|3 ± 0|", "|2|y|1 of 3|7.00|3|"]
 
 
+def test_trials_of_several_versions_of_the_library_are_told_of(sweep):
+    trials = trials_of(sweep, "a=1", "seed=0,1,2,3")
+    for trial, version in zip(trials[:3], ({}, {"library": "b" * 64}, {"library": "b" * 64}), strict=True):
+        made_up(trial, version, score=1.0)
+    assert table(trials).splitlines()[3:] == ["", "trials of 2 versions of the library: unknown (1 trial), bbbbbbbb (2 trials)"]
+    made_up(trials[0], {"library": "b" * 64}, score=1.0)
+    assert len(table(trials).splitlines()) == 3
+
+
 def test_of_trials_that_share_compiled_programs_one_goes_first(sweep, monkeypatch):
     trials = firsts_first(trials_of(sweep, "a=1,2", "seed=0,1"))
     assert [t.setting for t in trials] == [{"a": a, "seed": seed} for seed in "01" for a in "12"]
@@ -159,6 +173,25 @@ def test_the_float_model_is_scored_once_for_the_same_inputs(sweep):
     assert sorted((sweep.folder / "float_outputs").iterdir()) == kept
 
 
+def test_float_outputs_that_cannot_be_written_stop_no_trial(tmp_path):
+    """Their folder is a file here, as a disk that is full of others' files: OSError."""
+    (tmp_path / "file").write_text("")
+    types = jax.ShapeDtypeStruct((2,), np.float32)
+    with pytest.warns(UserWarning, match="file/outputs could not be written"):
+        found = remembered(tmp_path / "file" / "outputs", types, lambda: np.ones(2, np.float32))
+    np.testing.assert_array_equal(found, [1, 1])
+
+
+def test_half_written_float_outputs_are_removed(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        remembered(tmp_path / "outputs", jax.ShapeDtypeStruct((2,), np.float32), lambda: np.ones(2, np.float32))
+    assert not list(tmp_path.iterdir())
+
+
 def test_results_of_other_settings_are_not_taken_for_these(sweep, capsys):
     (trial,) = trials_of(sweep, "a=1")
     made_up(trial, score=1.0)
@@ -173,6 +206,25 @@ def test_a_setting_may_be_a_tuple(sweep):
     (trial,) = trials_of(sweep, "a=1")
     made_up(trial, score=1.0)
     assert trial.settings["b"] == (1, 2) and trial.result()["figures"] == {"score": 1.0}
+
+
+def test_a_value_with_commas_is_quoted_and_a_plus_splits_only_where_keys_have_one(sweep):
+    sweep.config.write_text(sweep.config.read_text().replace('b: str = "x"', 'b: str = "x"\n    c: tuple[int, ...] = ()'))
+    trials = trials_of(sweep, 'c="2,4,8","2,3,4,8",5', "b=lapq+adaround,")
+    assert [(t.settings["c"], t.settings["b"]) for t in trials] == list(itertools.product([(2, 4, 8), (2, 3, 4, 8), (5,)], ["lapq+adaround", ""]))
+    assert len({t.path for t in trials}) == 6 and [t.settings["b"] for t in trials_of(sweep, "b=")] == [""]
+    assert [(t.settings["a"], t.settings["c"]) for t in trials_of(sweep, 'a+c="1+2,3",4+5')] == [(1, (2, 3)), (4, (5,))]
+
+
+@pytest.mark.parametrize("text", ['{"settings"', "[1]", "{}", '{"settings": {}, "figures": {}, "quantize_seconds": null}'])
+def test_a_result_that_cannot_be_read_is_named(text, sweep, capsys):
+    (trial,) = trials_of(sweep, "a=1")
+    trial.path.mkdir(parents=True)
+    (trial.path / "result.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        sweep("--vary=a=1")
+    assert stop.value.code == 2
+    assert re.search(r"a=1/result.json cannot be read as a result: .*Remove .*a=1, and its trial", capsys.readouterr().err)
 
 
 def test_a_setting_may_be_none(sweep):
@@ -212,6 +264,7 @@ def test_arguments_may_come_from_a_file(sweep, tmp_path):
         ([], "nothing varies. Give --vary=KEY=VALUE"),
         (["--vary=a"], "--vary=a: not understood"),
         (["--vary=a+b=1"], r"Write KEY=VALUE,VALUE, or KEY\+KEY"),
+        (['--vary=b="1,2'], "not understood.*double quotes around each value"),
         (["--vary=a=1,1"], "a=1 comes twice"),
         (["--vary=c=1"], "has no such key. It has a, b, seed"),
         (["--vary=a=one"], "of type int"),

@@ -127,5 +127,9 @@ def mirrored(images: np.ndarray) -> np.ndarray:
     Eight images are followed by their eight mirror images: `quantize` judges by one example in eight, and no example that
     judges is learned from in a mirror, but for one where 4 to 7 images remain after the last eight.
     """
-    runs = [images[i : i + RUN] for i in range(0, len(images), RUN)]
-    return np.concatenate([part for run in runs for part in (run, run[:, :, ::-1])])
+    both = np.empty((2 * len(images), *images.shape[1:]), images.dtype)  # runs in a list would hold half of it once more
+    for start in range(0, len(images), RUN):
+        run = images[start : start + RUN]
+        place = both[2 * start : 2 * (start + RUN)]
+        place[: len(run)], place[len(run) :] = run, run[:, :, ::-1]
+    return both

@@ -20,12 +20,14 @@ class Images:
     """Photographs that are not read yet: a slice of them is the same.
 
     `open(row)` gives a Pillow image, its pixels perhaps not decoded, and its label or None; threads call it. `name(row)` is for
-    messages. `rows`: which of them, and in which order.
+    messages. `rows`: which of them, and in which order. `classes`: how many the labels are of, 0 where there are no labels, None if
+    nothing says it.
     """
 
     rows: Sequence[int]
     open: Callable[[int], tuple[Image.Image, int | None]]
     name: Callable[[int], str]
+    classes: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,11 +68,12 @@ def image_folder(path: str | pathlib.Path) -> Images:
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not _is_hidden(p.relative_to(root)))
     if not files:
         raise ValueError(f"data: {root} {'holds no images' if root.is_dir() else 'is no folder, so it holds no images'} ({', '.join(SUFFIXES)}).")
-    labels = _labels(root, files)
+    labels, classes = _labels(root, files)
     return Images(
         rows=range(len(files)),
         open=lambda row: (Image.open(files[row]), None if labels is None else labels[row]),
         name=lambda row: str(files[row]),
+        classes=classes,
     )
 
 
@@ -78,15 +81,16 @@ def _is_hidden(inside: pathlib.Path) -> bool:
     return any(part.startswith(".") for part in inside.parts)
 
 
-def _labels(root: pathlib.Path, files: list[pathlib.Path]) -> list[int] | None:
+def _labels(root: pathlib.Path, files: list[pathlib.Path]) -> tuple[list[int] | None, int | None]:
+    """Labels or None, and `Images.classes`."""
     inside = [f.relative_to(root).parts for f in files]
     if all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1:
         # A subfolder without images keeps its number: it is a class of which nothing came.
         classes = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         numbers = {name: number for number, name in enumerate(classes)}
-        return [numbers[parts[0]] for parts in inside]
+        return [numbers[parts[0]] for parts in inside], len(classes)
     begins = [re.match(r"(\d+)_", f.name) for f in files]
-    return [int(m[1]) for m in begins] if all(begins) else None
+    return ([int(m[1]) for m in begins], None) if all(begins) else (None, 0)
 
 
 def tfds_images(source: Any) -> Images:
@@ -125,7 +129,8 @@ def open_images(path: str | pathlib.Path, dataset: str = "") -> tuple[Images, Im
     Of several JAX processes each scores its share of the latter, and all see the same former.
 
     Raises:
-      ValueError: no images, or a data set in another file format.
+      ValueError: no images, or a data set that is not prepared, in another file format, or without such splits.
+      ModuleNotFoundError: tensorflow_datasets is needed, and not installed.
     """
     if dataset:
         return _tfds_splits(dataset, None if path in ("", pathlib.Path()) else str(path))
@@ -144,16 +149,30 @@ def own_share(images: Images) -> Images:
 
 
 def _tfds_splits(dataset: str, data_dir: str | None) -> tuple[Images, Images]:
-    import tensorflow_datasets as tfds  # noqa: PLC0415 - an extra, needed here alone
+    try:
+        import tensorflow_datasets as tfds  # noqa: PLC0415 - an extra, needed here alone
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"data: {dataset} is read by {error.name}: pip install tensorflow-datasets array_record") from error
 
     builder = tfds.builder(dataset, data_dir=data_dir)
     scored = "validation" if "validation" in builder.info.splits else "test"
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
         sources = [builder.as_data_source(split, decoders=decoders) for split in ("train", tfds.split_for_jax_process(scored))]
-    except NotImplementedError as error:
-        raise ValueError(
-            f"data: {dataset} in {builder.data_dir} is in a file format that cannot be read at random. Prepare it in another data_dir, "
-            f"without TensorFlow: tfds.builder({dataset!r}, data_dir=…, file_format='array_record').download_and_prepare()."
-        ) from error
-    return tfds_images(sources[0]), tfds_images(sources[1])
+    except (NotImplementedError, KeyError) as error:  # the latter: no splits yet
+        raise ValueError(_unreadable(builder)) from error
+    features = builder.info.features
+    classes = getattr(features["label"], "num_classes", None) if "label" in features else 0
+    return tfds_images(sources[0]), dataclasses.replace(tfds_images(sources[1]), classes=classes)
+
+
+def _unreadable(builder: Any) -> str:
+    """Why a tfds set cannot be read, and what to do."""
+    where = f"data: {builder.name} in {builder.data_dir}"
+    prepare = (
+        f"tfds.builder({builder.name!r}, data_dir=…, file_format='array_record').download_and_prepare(). To prepare some sets, imagenet2012 "
+        "among them, takes TensorFlow (pip install tensorflow-cpu importlib_resources); to read them does not."
+    )
+    if not builder.is_prepared():
+        return f"{where} is not prepared. Prepare it, or give the data_dir where it is: {prepare}"
+    return f"{where} is in a file format that cannot be read at random. Prepare it in another data_dir: {prepare}"

@@ -3,7 +3,9 @@
 from brecq_jax.models._preprocessing import Preprocessing
 from brecq_jax.models._safetensors import read_safetensors
 from brecq_jax.models._torch_files import read_torch
-from brecq_jax.models.architectures import ARCHITECTURES, ENCODERS, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar
+from brecq_jax.models.architectures import (
+    ARCHITECTURES, ENCODERS, Architecture, load_efficientnet_lite0, load_pretrained, load_resnet_cifar, preprocessing_of,
+)  # fmt: skip
 from brecq_jax.models.bert import Bert, SentenceEncoder
 from brecq_jax.models.decoder import Decoder, TrainedDecoder, surprise, train_decoder
 from brecq_jax.models.digits import DigitsNet, train_digits
@@ -36,6 +38,7 @@ __all__ = [
     "load_efficientnet_lite0",
     "load_pretrained",
     "load_resnet_cifar",
+    "preprocessing_of",
     "read_safetensors",
     "read_torch",
     "regnet_stages",

@@ -28,23 +28,24 @@ IGNORED = ("num_batches_tracked", "embeddings.position_ids", "pooler.dense.weigh
 Naming = Sequence[tuple[str, str]]
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming], where: str) -> Any:
+def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming], where: str, classes: int | None = None) -> Any:
     """Flax variables out of PyTorch tensors.
 
     Args:
       abstract: the variables' shapes, as `jax.eval_shape(model.init, …)` gives.
       namings: by source. The one with the most names in common with `tensors` is taken.
       where: what to call the tensors in errors.
+      classes: how many logits the model has, if that is a field `classes` of it.
 
     Raises:
       ValueError: the tensors that are missing, unexpected or of another shape, all of them.
     """
     leaves, treedef = jax.tree.flatten_with_path(abstract)
     found = {n for n in tensors if not n.endswith(IGNORED)}
-    names = {source: [_name(path, leaf, naming) for path, leaf in leaves] for source, naming in namings.items()}
-    source = max(names, key=lambda s: len(found.intersection(names[s])))
+    source = source_of(tensors, abstract, namings)
+    names = _names(leaves, namings[source])
     values, misshapen = [], []
-    for name, (path, leaf) in zip(names[source], leaves, strict=True):
+    for name, (path, leaf) in zip(names, leaves, strict=True):
         if name in tensors:
             axes = _place(path, leaf)[1]
             there = tuple(leaf.shape[axes.index(i)] for i in range(len(axes)))
@@ -52,13 +53,39 @@ def from_torch(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mappin
                 values.append(np.asarray(tensors[name], np.float32).transpose(axes))
             else:
                 misshapen.append(f"{name} {tensors[name].shape}, expected {there}")
-    missing = [n for n in names[source] if n not in tensors]
-    unexpected = sorted(found.difference(names[source]))
+    missing = [n for n in names if n not in tensors]
+    unexpected = sorted(found.difference(names))
     if missing or unexpected or misshapen:
         parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
         told = "; ".join(f"{what}: {', '.join(wrong)}" for what, wrong in parts if wrong)
-        raise ValueError(f"{where}: the checkpoint is of another model. By the names of {source}: {told}")
+        hint = _other_classes(names, leaves, tensors, classes) if misshapen and not (missing or unexpected) else ""
+        raise ValueError(f"{where}: the checkpoint is of another model. By the names of {source}: {told}{hint}")
     return jax.tree.unflatten(treedef, values)
+
+
+def source_of(tensors: Mapping[str, np.ndarray], abstract: Any, namings: Mapping[str, Naming]) -> str:
+    """Whose names the tensors have: the source with the most in common; the first of several."""
+    leaves = jax.tree.leaves_with_path(abstract)
+    return max(namings, key=lambda source: len(tensors.keys() & set(_names(leaves, namings[source]))))
+
+
+def _names(leaves, naming: Naming) -> list[str]:
+    """What a source calls each of our leaves."""
+    return [_name(path, leaf, naming) for path, leaf in leaves]
+
+
+def _other_classes(names: Sequence[str], leaves, tensors: Mapping[str, np.ndarray], classes: int | None) -> str:
+    """What to write if the checkpoint differs by its number of classes alone: no tensor but one layer's has other outputs, and no other inputs."""
+    layers, counts = set(), set()
+    for name, (path, leaf) in zip(names, leaves, strict=True):
+        axes = _place(path, leaf)[1]
+        (count, *there), (outputs, *here) = (tensors[name].shape or (0,)), (leaf.shape[axes.index(i)] for i in range(len(axes)))
+        if there != here or count != outputs and outputs != classes:
+            return ""
+        if count != outputs:
+            layers.add(name.rpartition(".")[0])
+            counts.add(count)
+    return f". It has other classes: write classes={counts.pop()}." if len(layers) == len(counts) == 1 else ""
 
 
 def _place(path, leaf) -> tuple[str, tuple[int, ...]]:

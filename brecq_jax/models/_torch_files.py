@@ -19,6 +19,7 @@ import numpy as np
 
 NESTED = ("state_dict", "model")  # where training code keeps the tensors, beside its epoch and optimizer
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+BIG_ENDIAN = "written on a big-endian machine: save it again on another."
 EXPANSION_LIMIT = 2**16  # elements of a tensor for each of its storage (stride 0 repeats them); a guess
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
@@ -108,6 +109,8 @@ def _read_zip(path: pathlib.Path):
         root = next((n.rpartition("/")[0] for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"), None)
         if root is None:
             raise ValueError("a zip archive without data.pkl is no PyTorch checkpoint.")
+        if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+            raise ValueError(BIG_ENDIAN)
         loaded = _Unpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
         storages = {n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if n.startswith(f"{root}/data/")}
     return loaded, storages
@@ -120,7 +123,7 @@ def _read_stream(path: pathlib.Path):
         _Unpickler(file).load()  # protocol version
         machine = _Unpickler(file).load()
         if not machine.get("little_endian", True):
-            raise ValueError("written on a big-endian machine: save it again on another.")
+            raise ValueError(BIG_ENDIAN)
         seen: dict[str, int] = {}
 
         class Recording(_Unpickler):

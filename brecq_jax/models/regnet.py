@@ -21,8 +21,10 @@ def regnet_stages(w0: int, wa: float, wm: float, depth: int, group_width: int) -
     to a multiple of 8. Blocks of one width are a stage; its width is rounded to a multiple of the group's.
 
     Raises:
-      ValueError: widths that do not grow, or a first one that is no multiple of 8.
+      ValueError: widths that do not grow, a first one that is no multiple of 8, or no blocks.
     """
+    if depth < 1 or group_width < 1:
+        raise ValueError(f"regnet: depth {depth}, group_width {group_width}: write at least 1 for each.")
     if wa < 0 or wm <= 1 or w0 <= 0 or w0 % DIVISOR:
         raise ValueError(f"regnet: w0 {w0}, wa {wa}, wm {wm}: write a multiple of {DIVISOR}, a slope of at least 0 and a factor above 1.")
     wanted = w0 + wa * np.arange(depth)

@@ -38,6 +38,8 @@ class ResNetCifar(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        if self.depth < 8 or self.depth % 6 != 2:
+            raise ValueError(f"ResNetCifar: depth {self.depth} is no 6n + 2: write 20, 32, 44, 56 or another.")
         x = jax.nn.relu(norm("bn1")(conv(16, 3, 1, "conv1")(x)))
         for stage, features in enumerate((16, 32, 64), 1):
             for i in range((self.depth - 2) // 6):

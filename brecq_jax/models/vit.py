@@ -11,6 +11,7 @@ from brecq_jax.models._preprocessing import Preprocessing
 
 # timm's weights; torchvision's ViT-B/16 was trained with 0.875 of the short side, bilinear, ImageNet's mean and deviation.
 PREPROCESSING = Preprocessing(224, 0.9, "bicubic", (127.5,) * 3, (127.5,) * 3)
+TORCHVISION_PREPROCESSING = Preprocessing(224, 224 / 256, "bilinear")
 
 
 class Mlp(nn.Module):

@@ -133,13 +133,12 @@ class _Training:
         self.data = jax.tree.map(jnp.asarray, problem.inputs)
         self.train, self.judge = split_examples(problem.count)
         self.infos, self.done = [], 0
-        arrays = jax.tree.leaves((problem.params, problem.inputs))
-        made_of = digest(settings, problem.plan.weights, problem.plan.activations, arrays, key)
-        self.made_of = np.frombuffer(bytes.fromhex(made_of), np.uint8)
+        self.made_of = _made_of(problem, features, settings, key) if keep else None
         self.kept = keep.latest() if keep else None
         if self.kept and not np.array_equal(self.kept[1][0], self.made_of):
             raise ValueError(
-                "distilled: `keep` has the state of another training (settings, plan, parameters, data or key). Give a new folder, or remove it."
+                "distilled: `keep` has the state of another training (settings, features, apply_fn, plan, parameters, data or key). "
+                "Give a new folder, or remove it."
             )
         shapes = jax.eval_shape(features, problem.params, jax.tree.map(lambda a: a[:1], self.data))
         if not isinstance(shapes, Mapping) or set(shapes) != {"hidden", "scores", "logits"}:
@@ -198,6 +197,15 @@ class _Training:
         starts = range(0, len(self.judge) - size + 1, size)
         batches = (jax.tree.map(lambda a, s=s: a[self.judge[s : s + size]], self.data) for s in starts)
         return float(np.mean([_held_out(static, student, self.problem.params, self.activations, b) for b in batches]))
+
+
+def _made_of(problem: Problem, features: Features, settings, key: jax.Array) -> np.ndarray:
+    """SHA-256 of all that the student depends on, 32 bytes: functions by their programs, as `quantize` compares a resumed run's apply_fn."""
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), problem.inputs)
+    programs = [jax.jit(f).lower(problem.params, one).as_text() for f in (features, problem.apply_fn)]
+    plan, arrays = problem.plan, jax.tree.leaves((problem.params, problem.inputs))
+    whole = digest(settings, programs, plan.weights, plan.activations, plan.whole_values, arrays, key)
+    return np.frombuffer(bytes.fromhex(whole), np.uint8)
 
 
 def _optimizer(settings: Distillation, stage: str) -> optax.GradientTransformation:

@@ -238,6 +238,25 @@ def test_no_path_is_the_own_folder_of_tfds(path, data_dir, monkeypatch):
     assert open_images(path, "snapshots") == ("snapshots", data_dir)
 
 
+def test_a_set_that_was_not_prepared_is_said_to_be_so(tmp_path):
+    told = r"snapshots in .* is not prepared.*file_format='array_record'.*imagenet2012.*pip install tensorflow-cpu importlib_resources"
+    with pytest.raises(ValueError, match=told):
+        open_images(tmp_path, "snapshots")
+
+
+def test_without_tfds_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install tensorflow-datasets array_record"):
+        open_images("", "snapshots")
+
+
+def test_images_say_of_how_many_classes_their_labels_are(tmp_path, snapshots):
+    for names, classes in ((["a/1.png", "b/2.png"], 2), (["0_a.png", "7_b.png"], None), (["a.png", "b.png"], 0)):
+        make(tmp_path / str(classes), *names)
+        assert image_folder(tmp_path / str(classes)).spread(1)[:1].classes == classes
+    assert open_images(snapshots, "snapshots")[1].classes == 12
+
+
 def test_a_set_in_another_file_format_is_refused_with_the_way_out(snapshots):
     (path,) = snapshots.rglob("dataset_info.json")
     info = json.loads(path.read_text())

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from brecq_jax.models import ARCHITECTURES, Bert, MNasNet, MobileNetV2, RegNet, ResNet, ViT, regnet_stages
+from brecq_jax.models import ARCHITECTURES, Bert, MNasNet, MobileNetV2, RegNet, ResNet, ResNetCifar, ViT, regnet_stages
 
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 
@@ -51,6 +51,17 @@ def test_width_and_classes_are_the_users(model):
     batch = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), batch)
     assert jax.eval_shape(model.apply, variables, batch).shape == (2, 5)
+
+
+@pytest.mark.parametrize("depth", [22, 2, 0, -4])
+def test_a_depth_that_no_cifar_resnet_has_is_refused(depth):
+    with pytest.raises(ValueError, match=rf"depth {depth} is no 6n \+ 2"):
+        ResNetCifar(depth).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_a_regnet_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="depth 0, group_width 24: write at least 1"):
+        regnet_stages(48, 36.97, 2.24, 0, 24)
 
 
 def test_a_masked_token_reaches_no_other():

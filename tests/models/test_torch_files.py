@@ -1,6 +1,7 @@
 """The restricted reader on files that torch itself wrote, whole and damaged."""
 
 import pathlib
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +43,16 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
         (tmp_path / "cut").write_bytes(whole[:length])
         with pytest.raises(ValueError):
             read_torch(tmp_path / "cut")
+
+
+def test_a_file_of_a_big_endian_machine_is_refused(tmp_path):
+    path = tmp_path / "big.pt"
+    with zipfile.ZipFile(VECTORS / "torch_zip.pt") as whole, zipfile.ZipFile(path, "w") as other:
+        for name in whole.namelist():
+            other.writestr(name, b"big" if name.endswith("/byteorder") else whole.read(name))
+        assert any(name.endswith("/byteorder") for name in whole.namelist())
+    with pytest.raises(ValueError, match=r"big.pt: .*written on a big-endian machine"):
+        read_torch(path)
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model"])
