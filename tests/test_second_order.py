@@ -103,6 +103,22 @@ def test_a_relu_behind_a_batch_norm_and_a_shortcut_is_seen(activation, bounds):
     assert (to.low, to.high) == bounds
 
 
+def test_an_output_that_is_broadcast_is_followed_no_further():
+    def apply(params, x):
+        return jax.nn.relu(x.mean(1, keepdims=True) @ params["w"] + x) @ params["head"]
+
+    keys = jax.random.split(jax.random.key(5), 3)
+    params = {name: jax.random.normal(k, (6, 6)) / 3 for name, k in zip(("w", "head"), keys[:2], strict=True)}
+    x = jax.random.normal(keys[2], (64, 4, 6)) + jax.random.normal(jax.random.key(9), (64, 1, 1))
+    _, to, (_, _, rows) = quadratic_of(apply, params, x, x)
+    assert rows == 64 and to.low == -math.inf
+    errors = []
+    for solver in (solvers.nearest(), solvers.second_order(), solvers.refined(num_steps=40)):
+        q = brecq_jax.quantize(params, apply, x, weights=Uniform(2), activations=None, blocks="net", solver=solver, progress=False)
+        errors.append(float(jnp.mean(jnp.square(q(x) - apply(params, x)))))
+    assert errors[1] < errors[0] and errors[2] < errors[0]
+
+
 def test_lowering_the_quadratic_lowers_the_error_behind_a_relu():
     def apply(params, x):
         return jax.nn.relu((x @ params["w"]) * 2 + 0.1)

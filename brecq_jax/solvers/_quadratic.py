@@ -47,7 +47,7 @@ class Reach:
 
 
 def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct], constants) -> Reach:
-    """Follow the output of op `number` as far as it is affine, and see whether a ReLU or ReLU6 reads it there."""
+    """Follow the output of op `number` as far as it is affine and keeps its shape, and see whether a ReLU or ReLU6 reads it there."""
     data = set(program.inputs)
     for _, ids, outs in program.steps:
         if data.intersection(ids):
@@ -62,6 +62,8 @@ def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct],
         product = step.primitive in ("mul", "div")
         numerator = step.arguments[0] is not None and ids[step.arguments[0]] == value
         if ids.count(value) > 1 or product and data.intersection(others) or step.primitive == "div" and not numerator:
+            break
+        if types[outs[0]].shape != types[value].shape:  # one number of the op's output is several of what it is added to
             break
         value = outs[0]
     return Reach(value, *_clip(program, value, types, constants))
