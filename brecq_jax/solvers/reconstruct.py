@@ -93,7 +93,7 @@ def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, wei
     walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher, dropping)
     if problem.mesh and walk.batch_size % problem.mesh.shape[AXIS]:
         raise ValueError(f"mesh: {problem.mesh.shape[AXIS]} devices cannot share batches of {walk.batch_size} evenly. Write another batch_size.")
-    stages = [stage(settings.start, walk)] if weights and settings.start else []
+    stages = [stage(settings.start, walk, guess)] if weights and settings.start else []
     if steps:
         phase = "together" if weights and activations else "rounding" if weights else "steps"
         stages.append(Stage(phase, steps, functools.partial(_learn_unit, settings, walk, steps, key_steps, weights)))
