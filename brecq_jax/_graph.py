@@ -7,7 +7,7 @@ value derived from the inputs. Nothing is registered and no class is known; name
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +160,22 @@ def slice_name(name: str, index: tuple[int, ...]) -> str:
     return f"{parent}{where}/{last}" if parent else f"{last}{where}"
 
 
+def permutation(maker: Mapping[int, Step], ndim: int, root: int, value: int) -> tuple[int, ...]:
+    """For each of a value's `ndim` axes that of the parameter `root`, where nothing but transposes and casts lies between; else ().
+
+    `maker`: the step that makes each value.
+    """
+    order = tuple(range(ndim))
+    while value != root:
+        step = maker.get(value)
+        if step is None or step.primitive not in ("transpose", "convert_element_type"):
+            return ()
+        if step.primitive == "transpose":
+            order = tuple(step.params["permutation"][a] for a in order)
+        (value,) = step.inputs
+    return order
+
+
 class _Reader:
     """One walk over the steps: which values depend on inputs, which on which parameter, where they meet."""
 
@@ -280,7 +296,7 @@ class _Reader:
         Each axis of the parameter is followed by an array that holds its index: it counts channels if, in
         the operand, that index does not change along the other axes.
         """
-        order = self.permutation(root, weight)
+        order = permutation(self.maker, self.flat.types[weight].ndim, root, weight)
         if order:  # no array as large as a language model's head need be made
             return tuple(sorted(order[a] for a in axes))
         shape = self.flat.types[root].shape
@@ -299,18 +315,6 @@ class _Reader:
             if labels.ndim <= max(others, default=-1) or np.all(np.ptp(labels, axis=others) == 0):
                 found.append(axis)
         return tuple(found)
-
-    def permutation(self, root, weight) -> list[int]:
-        """For each axis of the operand that of the parameter, where nothing but transposes lies between; else nothing."""
-        order, value = list(range(self.flat.types[weight].ndim)), weight
-        while value != root:
-            step = self.maker.get(value)
-            if step is None or step.primitive not in ("transpose", "convert_element_type"):
-                return []
-            if step.primitive == "transpose":
-                order = [step.params["permutation"][a] for a in order]
-            (value,) = step.inputs
-        return order
 
     def with_sites(self) -> tuple[tuple[Op, ...], tuple[Product, ...]]:
         """The ops, and the products of two values, with the names of what they read."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from brecq_jax._graph import Graph, Op
+from brecq_jax._graph import Graph, Op, permutation
 from brecq_jax._jaxpr import Step
 from brecq_jax._products import Factor
 
@@ -25,7 +25,7 @@ class LocalOp:
     data_position: int
     weight: int
     site: int
-    direct: bool  # the op reads the weight itself, with nothing in between
+    order: tuple[int, ...]  # for each axis of the operand that of the weight, if nothing but transposes and casts lies between; else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +197,13 @@ def _block(graph, name, ops, factors, positions, ins, params, constants, outs) -
     # A site whose value is made in another block, and enters reshaped, is known here by what enters.
     sites = tuple(number(value_of[s]) if value_of[s] in local else -1 for s in site_names)
     slots = {graph.origins[i]: slot for slot, i in enumerate(params)}
-    locals_ = []
+    locals_, makers = [], {i: flat.steps[t] for t in positions for i in flat.steps[t].outputs}
     for op in ops:
         weight = graph.weights[op.weight]
         slot = slots[(weight.leaf, weight.index)]
         site = site_names.index(op.site) if op.site in site_names else -1
-        locals_.append(LocalOp(op.kind, at[op.step], op.data_position, slot, site, params[slot] == op.weight_value))
+        order = permutation(makers, flat.types[op.weight_value].ndim, params[slot], op.weight_value)
+        locals_.append(LocalOp(op.kind, at[op.step], op.data_position, slot, site, order))
     local_factors = tuple(LocalFactor(at[f.step], f.data_position, f.token_axis, site_names.index(f.site)) for f in factors)
     key = (
         tuple((step.signature, i, o) for step, i, o in steps),

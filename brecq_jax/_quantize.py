@@ -90,8 +90,7 @@ def quantize(
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
-    _, notes = partition(graph, blocks)
-    notes += _idle(solver, mesh)
+    notes = [*partition(graph, blocks)[1], *_idle(solver, mesh)]
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
@@ -103,7 +102,7 @@ def quantize(
         if journal and progress:
             print(f"resume: {journal.kept} finished blocks are kept in {resume}")
         tell = print if progress else problem.tell
-        problem = dataclasses.replace(problem, show=show, tell=tell, journal=journal, mesh=data_mesh(mesh))
+        problem = dataclasses.replace(problem, show=show, tell=tell, note=notes.append, journal=journal, mesh=data_mesh(mesh))
         guess, _ = solvers.nearest()(problem, guess, key)
         quantized, info = solver(problem, guess, key)
     return quantized.with_report(_report(quantized, plan, graph, info, notes, time.perf_counter() - start))
@@ -202,5 +201,5 @@ def _report(quantized: Quantized, plan: Plan, graph: Graph, info: Info, notes, s
     )
     return Report(
         blocks=records, tensors=tuple(tensors), activations=tuple(activations), skipped=plan.skipped, plan=str(plan),
-        wall_seconds=seconds, compiled_programs=solvers.compiled_programs(), notes=tuple(notes),
+        wall_seconds=seconds, compiled_programs=solvers.compiled_programs(), notes=tuple(dict.fromkeys(notes)),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from brecq_jax._qarray import to_rows
 from brecq_jax.formats import Affine, Binary, Uniform
 from brecq_jax.solvers import _quadratic
 from brecq_jax.solvers._lattice import search, value
+from brecq_jax.solvers._solver import split
 
 CONV = jax.lax.conv_general_dilated
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -24,6 +25,10 @@ OPS = {
     "dense on tokens": ((6, 4, 5), (5, 3), lambda w, x: x @ w),
     "weight first": ((6, 5), (3, 5), lambda w, x: jnp.einsum("oi,bi->bo", w, x)),
     "heads": ((6, 4, 5), (5, 2, 3), lambda w, x: jnp.einsum("bti,ihd->bthd", x, w)),
+    "turned": ((6, 5), (3, 5), lambda w, x: x @ w.T),
+    "turned heads": ((6, 4, 5), (3, 2, 5), lambda w, x: jnp.einsum("bti,ihd->bthd", x, w.transpose(2, 1, 0))),
+    "turned and contracted": ((6, 4, 2, 3), (5, 3, 2), lambda w, x: jnp.einsum("bthd,hdo->bto", x, w.transpose(2, 1, 0))),
+    "turned kernel": ((4, 6, 5, 3), (4, 3, 3, 2), lambda w, x: CONV(x, w.transpose(2, 3, 1, 0), (1, 1), "SAME", dimension_numbers=NHWC)),
     "two contracted": ((6, 4, 2, 3), (2, 3, 5), lambda w, x: jnp.einsum("bthd,hdo->bto", x, w)),
     "batched experts": ((2, 6, 5), (2, 5, 3), lambda w, x: jnp.einsum("ebi,eio->ebo", x, w)),
     "conv": ((4, 6, 6, 3), (3, 3, 3, 4), lambda w, x: CONV(x, w, (1, 1), "SAME", dimension_numbers=NHWC)),
@@ -101,6 +106,22 @@ def test_a_relu_behind_a_batch_norm_and_a_shortcut_is_seen(activation, bounds):
     x = jax.random.normal(jax.random.key(0), (8, 4))
     _, to, _ = quadratic_of(apply, params, x, x)
     assert (to.low, to.high) == bounds
+
+
+def test_an_output_that_is_broadcast_is_followed_no_further():
+    def apply(params, x):
+        return jax.nn.relu(x.mean(1, keepdims=True) @ params["w"] + x) @ params["head"]
+
+    keys = jax.random.split(jax.random.key(5), 3)
+    params = {name: jax.random.normal(k, (6, 6)) / 3 for name, k in zip(("w", "head"), keys[:2], strict=True)}
+    x = jax.random.normal(keys[2], (64, 4, 6)) + jax.random.normal(jax.random.key(9), (64, 1, 1))
+    _, to, (_, _, rows) = quadratic_of(apply, params, x, x)
+    assert rows == 64 and to.low == -math.inf
+    errors = []
+    for solver in (solvers.nearest(), solvers.second_order(), solvers.refined(num_steps=40)):
+        q = brecq_jax.quantize(params, apply, x, weights=Uniform(2), activations=None, blocks="net", solver=solver, progress=False)
+        errors.append(float(jnp.mean(jnp.square(q(x) - apply(params, x)))))
+    assert errors[1] < errors[0] and errors[2] < errors[0]
 
 
 def test_lowering_the_quadratic_lowers_the_error_behind_a_relu():
@@ -199,6 +220,36 @@ def test_every_kind_of_op_is_rounded_and_gains(kind):
         errors.append(float(jnp.mean(jnp.square(q(x) - run(params, x)))))
     assert errors[1] < errors[0]
     assert all(block.kept for block in q.report.blocks)
+
+
+def test_weights_that_the_closed_form_leaves_are_named_in_the_report():
+    keys = jax.random.split(jax.random.key(6), 4)
+    params = {"table": jax.random.normal(keys[0], (8, 6)), "flat": jax.random.normal(keys[1], (4, 9)), "turned": jax.random.normal(keys[2], (6, 6))}
+    run = lambda p, x: p["table"][x].mean(1) @ p["turned"].T @ p["flat"].reshape(6, 6)  # noqa: E731
+    x = jax.random.randint(keys[3], (64, 5), 0, 8)
+    for solver in (solvers.second_order(), solvers.refined(num_steps=0)):
+        notes = brecq_jax.quantize(params, run, x, weights=Uniform(2), activations=None, solver=solver, progress=False).report.notes
+        named = [note for note in notes if note.startswith("second_order: ")]
+        assert len(named) == 2 and any("table" in n and "lookup" in n for n in named) and any("flat" in n and "between" in n for n in named)
+
+
+@pytest.mark.parametrize(("count", "train"), [(50, 44), (80, 70), (36, 32)])
+def test_every_example_that_is_learned_from_counts_once(monkeypatch, count, train):
+    x, parts = jax.random.normal(jax.random.key(7), (count, 3, 6)), []
+
+    def seen(*arguments):
+        parts.append(statistics(*arguments))
+        return parts[-1]
+
+    statistics = _quadratic.statistics
+    monkeypatch.setattr(_quadratic, "statistics", seen)
+    solver = solvers.second_order(rounds=1)
+    brecq_jax.quantize({"w": jnp.eye(6)}, lambda p, x: x @ p["w"], x, weights=Uniform(2), activations=None, solver=solver, progress=False)
+    rows, _ = split(count)
+    wanted = jnp.einsum("brk,brl->kl", x[rows], x[rows])
+    assert len(rows) == train and sum(float(n) for _, _, n in parts) == 3 * train
+    np.testing.assert_allclose(sum(gram[0] for gram, _, _ in parts), wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(sum(cross for _, cross, _ in parts), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_errors_of_the_prefix_are_made_good():

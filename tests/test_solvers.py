@@ -53,6 +53,20 @@ def test_the_rectified_sigmoid_starts_at_the_float_weight(format):
     np.testing.assert_allclose(jnp.where(inside, now, 0), jnp.where(inside, rows, 0), atol=1e-5)
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_the_rectified_sigmoid_leans_towards_a_guess_that_it_can_reach(format):
+    q, rows = a_guess(format)
+    rounding = solvers.RectifiedSigmoid()
+    plain, leant = rounding.start(q, rows)[0]["choices"], rounding.start(q, rows, True)[0]["choices"]
+    low, high = jax.jit(format.neighbors)(rows, q.grid)  # a fused product may fall on the other side of a point
+    guess = to_rows(q.codes, (1,))
+    reached = (guess == low) | (guess == high)
+    ends = rounding.finish(q, {"choices": leant}, {}, rows)
+    np.testing.assert_array_equal(jnp.where(reached, to_rows(ends.codes, (1,)), 0), jnp.where(reached, guess, 0))
+    np.testing.assert_array_equal(jnp.where(reached, 0, leant), jnp.where(reached, 0, plain))
+    assert (leant != plain).any() and not reached.all()
+
+
 @pytest.mark.parametrize("rounding", [solvers.StraightThrough(), solvers.RectifiedSigmoid(scale_learning_rate=1e-3)], ids=["straight", "sigmoid"])
 def test_the_gradient_reaches_choices_and_step_sizes(rounding):
     q, rows = a_guess(Uniform(3))
@@ -171,6 +185,41 @@ def test_a_prediction_that_counts_is_learned_from(digits):
 
     without, counted = (learned(solvers.annealed(num_steps=100, prediction=p)) for p in (None, solvers.Prediction(weight=3.0)))
     assert counted != without and counted < 0.1 * learned(solvers.nearest())
+
+
+def small_net(params, x):
+    return jax.nn.relu(x @ params["one"]) @ params["two"]
+
+
+def notes_of(solver, activations=None):
+    params = {"one": jax.random.normal(jax.random.key(0), (6, 8)), "two": jax.random.normal(jax.random.key(1), (8, 4))}
+    x = jax.random.normal(jax.random.key(2), (32, 6))
+    q = brecq_jax.quantize(params, small_net, x, weights=Uniform(3), activations=activations, blocks="layer", solver=solver, progress=False)
+    return q.report.notes
+
+
+def test_a_prediction_that_does_not_count_is_noted():
+    dear, free = (notes_of(solvers.annealed(num_steps=2, prediction=solvers.Prediction(cost=cost))) for cost in (0.01, 1e9))
+    assert any(n.startswith("prediction: does not count in one") and "cost=0.01" in n for n in dear)
+    assert [n for n in free if n.startswith("prediction")] == ["prediction: does not count in two: nothing is behind it"]
+    assert not any(n.startswith("prediction") for n in notes_of(solvers.annealed(num_steps=2)))
+
+
+def test_dropping_that_never_happens_is_noted():
+    few = dict(num_steps=2, act_steps=2)
+    for solver, activations, words in (
+        (solvers.qdrop(**few), None, "no activation is quantized"),
+        (solvers.qdrop(together=False, **few), Uniform(8), "together=True"),
+        (solvers.qdrop(**few), Uniform(8), ""),
+    ):
+        noted = [n for n in notes_of(solver, activations) if n.startswith("drop_prob")]
+        assert len(noted) == bool(words) and all(words in n for n in noted)
+
+
+def test_settings_of_published_solvers_may_be_others():
+    settings = dict(error=solvers.relative_error, unit=None, num_steps=2)
+    for solver in (solvers.adaround(**settings), solvers.by_name("squared", **settings)):
+        assert not any(n.startswith("drop_prob") for n in notes_of(solver))
 
 
 def test_bfloat16_products_learn_nearly_as_well(digits):

@@ -47,7 +47,7 @@ class Reach:
 
 
 def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct], constants) -> Reach:
-    """Follow the output of op `number` as far as it is affine, and see whether a ReLU or ReLU6 reads it there."""
+    """Follow the output of op `number` as far as it is affine and keeps its shape, and see whether a ReLU or ReLU6 reads it there."""
     data = set(program.inputs)
     for _, ids, outs in program.steps:
         if data.intersection(ids):
@@ -62,6 +62,8 @@ def reach(program: Program, number: int, types: dict[int, jax.ShapeDtypeStruct],
         product = step.primitive in ("mul", "div")
         numerator = step.arguments[0] is not None and ids[step.arguments[0]] == value
         if ids.count(value) > 1 or product and data.intersection(others) or step.primitive == "div" and not numerator:
+            break
+        if types[outs[0]].shape != types[value].shape:  # one number of the op's output is several of what it is added to
             break
         value = outs[0]
     return Reach(value, *_clip(program, value, types, constants))
@@ -95,13 +97,28 @@ def _clip(program: Program, value: int, types, constants) -> tuple[float, float]
 
 
 def linear_op(op: LocalOp, step: Step) -> bool:
-    """Whether `rows` can read this op: the weight itself enters a product whose layout it knows."""
-    if not op.direct or op.kind not in ("dense", "conv"):
-        return False
+    """Whether `input_rows` can read this op: see `unread`."""
+    return not unread(op, step)
+
+
+def unread(op: LocalOp, step: Step) -> str:
+    """Why `input_rows` cannot read this op, "" where it can: the weight enters a product whose layout it knows, perhaps transposed."""
+    if op.kind not in ("dense", "conv"):
+        return "a lookup adds nothing up"
+    if not op.order:
+        return "more than transposes lies between the weight and the op"
     if op.kind == "conv":
-        return step.params["batch_group_count"] == 1
-    weight_batch = step.params["dimension_numbers"][1][1 - op.data_position]
-    return tuple(weight_batch) == tuple(range(len(weight_batch)))
+        return "" if step.params["batch_group_count"] == 1 else "its convolution has groups of examples"
+    shared = [op.order[a] for a in step.params["dimension_numbers"][1][1 - op.data_position]]
+    return "" if shared == list(range(len(shared))) else "the axes that inputs and weight share are not the weight's first"
+
+
+def row_axes(op: LocalOp, step: Step) -> tuple[int, ...]:
+    """Axes of the weight that count the rows of an op that `input_rows` can read: its output channels."""
+    if op.kind == "conv":
+        return (op.order[step.params["dimension_numbers"].rhs_spec[0]],)
+    contracting = step.params["dimension_numbers"][0][1 - op.data_position]
+    return tuple(sorted(axis for a, axis in enumerate(op.order) if a not in contracting))
 
 
 def input_rows(op: LocalOp, step: Step, operands: list, every: int = 1) -> Float[Array, "groups rows elements"]:
@@ -110,14 +127,14 @@ def input_rows(op: LocalOp, step: Step, operands: list, every: int = 1) -> Float
     if op.kind == "dense":
         contracting, batch = step.params["dimension_numbers"]
         own, others, groups = contracting[op.data_position], contracting[1 - op.data_position], batch[op.data_position]
-        own = [own[i] for i in np.argsort(others)]
+        own = [own[i] for i in np.argsort([op.order[a] for a in others])]
         free = [a for a in range(x.ndim) if a not in own and a not in groups]
         count, elements = (math.prod(x.shape[a] for a in axes) for axes in (groups, own))
         return x.transpose(*groups, *free, *own).reshape(count, -1, elements)[:, ::every]
-    return _windows(x, weight.shape, step.params, every)
+    return _windows(x, weight.shape, op.order, step.params, every)
 
 
-def _windows(x, weight_shape, p, every: int) -> Float[Array, "groups rows elements"]:
+def _windows(x, weight_shape, axes, p, every: int) -> Float[Array, "groups rows elements"]:
     """What a convolution's kernel meets at each output position: the padded input, shifted once for each kernel place."""
     dims, groups = p["dimension_numbers"], p["feature_group_count"]
     x = x.transpose(dims.lhs_spec[0], *dims.lhs_spec[2:], dims.lhs_spec[1])
@@ -133,7 +150,7 @@ def _windows(x, weight_shape, p, every: int) -> Float[Array, "groups rows elemen
         part = jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), (1, *p["window_strides"], 1))
         shifted.append(part.transpose(*order, part.ndim - 1).reshape(-1, groups, part.shape[-1] // groups)[::every])
     x = jnp.stack(shifted, 2)  # rows, groups, kernel places, channels
-    elements = sorted(range(len(kernel) + 1), key=lambda n: dims.rhs_spec[n + 1])  # 0: channels, then kernel axes
+    elements = sorted(range(len(kernel) + 1), key=lambda n: axes[dims.rhs_spec[n + 1]])  # 0: channels, then kernel axes
     x = x.reshape(*x.shape[:2], *kernel, x.shape[-1]).transpose(1, 0, *(e + 1 if e else x.ndim - 2 + len(kernel) for e in elements))
     return x.reshape(*x.shape[:2], -1)
 
@@ -146,9 +163,10 @@ def output_rows(op: LocalOp, step: Step, operands: list, out) -> Float[Array, "g
         return rows.reshape(-1, groups, rows.shape[-1] // groups).transpose(1, 0, 2)
     (contracting, batch), weight = step.params["dimension_numbers"], 1 - op.data_position
     groups = len(batch[0])
-    weight_free = operands[step.arguments[weight]].ndim - groups - len(contracting[0])
+    weight_free = [axis for a, axis in enumerate(op.order) if a not in (*contracting[weight], *batch[weight])]
     free = list(range(groups, out.ndim))
-    own = free[len(free) - weight_free :] if weight == 1 else free[:weight_free]
+    own = free[len(free) - len(weight_free) :] if weight == 1 else free[: len(weight_free)]
+    own = [own[i] for i in np.argsort(weight_free)]
     others = [a for a in free if a not in own]
     sizes = [math.prod(out.shape[a] for a in axes) for axes in (range(groups), others, own)]
     return out.transpose(*range(groups), *others, *own).reshape(sizes)
@@ -162,10 +180,14 @@ def program_types(program: Program, inputs, params, constants) -> dict[int, jax.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def statistics(program: Program, number: int, to: Reach, keep: int, formats, whole_values, inputs, params, exact_inputs, exact_params, constants, grids):
+def statistics(
+    program: Program, number: int, to: Reach, keep: int, formats, whole_values,
+    inputs, params, exact_inputs, exact_params, constants, grids, counted=None,
+):  # fmt: skip
     """Sums over one batch: (H, b, rows), with inputs from the quantized prefix and targets from the float model.
 
-    About `keep` output rows of the batch are taken, evenly strided, if it has more.
+    About `keep` output rows of the batch are taken, evenly strided, if it has more. `counted`: 0 or 1 for each example, which the op's
+    output has on axis 0; None: all count.
 
     `params` hold the current weight of the op, too: where the float output lies beyond a clip, the target is the
     current output, or the end of the range if that is nearer. The sum then bounds the error behind the clip from above
@@ -195,8 +217,13 @@ def statistics(program: Program, number: int, to: Reach, keep: int, formats, who
     t = output_rows(op, step, seen["operands"], target)
     every = _stride(t.shape[1], keep)
     x, t = input_rows(op, step, seen["operands"], every).astype(jnp.float32), t[:, ::every].astype(jnp.float32)
+    count = x.shape[1]
+    if counted is not None:
+        examples = jnp.broadcast_to(counted.reshape(-1, *(1 for _ in target.shape[1:])), target.shape)
+        kept = output_rows(op, step, seen["operands"], examples)[:, ::every, 0]  # a row is one example's in all channels
+        x, count = x * kept[..., None], kept[0].sum()
     cross = jnp.einsum("gro,grk->gok", t, x)
-    return jnp.einsum("grk,grl->gkl", x, x), cross.reshape(-1, x.shape[-1]), x.shape[1]
+    return jnp.einsum("grk,grl->gkl", x, x), cross.reshape(-1, x.shape[-1]), count
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

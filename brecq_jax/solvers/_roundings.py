@@ -1,8 +1,8 @@
 """How a weight is written while its codes are learned: variables become rows, and at the end codes.
 
-A rounding has three methods. `start(q, rows)` gives (variables, fixed) for a weight whose guess is the QArray q and whose
-float rows are given; `rows(...)` the weight at some progress in [0, 1], and what is added to the loss; `finish(...)` the
-QArray that was learned. Variables are {"choices": array} and, where step sizes are learned, {"scales": array}: logarithms
+A rounding has three methods. `start(q, rows, lean)` gives (variables, fixed) for a weight whose guess is the QArray q and whose
+float rows are given (`lean`: on the side of the guess's codes); `rows(...)` the weight at some progress in [0, 1], and what is
+added to the loss; `finish(...)` the QArray that was learned. Variables are {"choices": array} and, where step sizes are learned, {"scales": array}: logarithms
 of factors on the guess's step sizes, so that these stay positive. Points of a format move in proportion to its scale.
 """
 
@@ -18,7 +18,7 @@ from brecq_jax._qarray import QArray, from_rows, to_rows
 from brecq_jax.formats import Grid
 
 ZETA, GAMMA = 1.1, -0.1  # stretch of the sigmoid: AdaRound, eq. 23
-NEAR = 0.45  # how far from its guess a weight may start, in steps: less than half, so that it rounds to the guess
+NEAR = 0.45  # how far from its guess a weight may start, in steps (or between two neighbours): less than half, so that it rounds to the guess
 
 
 def soft_choice(v: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -43,6 +43,8 @@ def by_group(rows, factor):
 class RectifiedSigmoid:
     """Each weight chooses between the two points around its float value; a penalty presses it to decide.
 
+    It starts at its float value, which `lean` moves to where it rounds to the guess, if that is one of the two points; a guess
+    beyond them cannot be reached.
     Source: AdaRound, eq. 21 to 24, https://arxiv.org/abs/2004.10568
     """
 
@@ -56,13 +58,18 @@ class RectifiedSigmoid:
         """The published loops keep the rate."""
         return optax.constant_schedule(learning_rate)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def start(self, q: QArray, rows):
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def start(self, q: QArray, rows, lean: bool = False):
         codes = q.format.neighbors(rows, q.grid)
         low, high = (q.format.decode(c, q.grid) for c in codes)
         span = jnp.where(codes[0] == codes[1], 0, high - low)  # exactly, also where the compiler fuses the products
         share = jnp.where(span > 0, (rows - low) / jnp.where(span > 0, span, 1), 0.5)
-        variables = {"choices": inverse_choice(jnp.clip(share, 0, 1))}
+        share = jnp.clip(share, 0, 1)
+        if lean:
+            guess = to_rows(q.codes, q.channel_axes)
+            leant = jnp.where(guess == codes[1], jnp.maximum(share, 1 - NEAR), jnp.where(guess == codes[0], jnp.minimum(share, NEAR), share))
+            share = jnp.where(codes[0] == codes[1], share, leant)
+        variables = {"choices": inverse_choice(share)}
         return variables | _scales(self, q.grid), {"low": low, "span": span}
 
     def rows(self, format, variables, fixed, progress):
@@ -95,8 +102,8 @@ class StraightThrough:
         """Down to zero, so that codes come to rest."""
         return optax.cosine_decay_schedule(learning_rate, steps)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def start(self, q: QArray, rows):
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def start(self, q: QArray, rows, lean: bool = True):
         codes = to_rows(q.codes, q.channel_axes)
         unit = 1 / q.grid.scale
         point, target = (by_group(a, unit) for a in (q.format.decode(codes, q.grid), rows))

@@ -45,7 +45,9 @@ class Reconstruction:
 
     unit: Literal["layer"] | None = None
     error: Callable = fisher_error  # the paper's; the released code's default is squared_error
-    start: SecondOrder | None = None  # rounds each unit first; what is learned then begins at its codes
+    # Rounds each unit first. What is learned begins at its codes (StraightThrough), or on their side of the float weight, where they are
+    # one of its two neighbours (RectifiedSigmoid, which reaches no others).
+    start: SecondOrder | None = None
     rounding: Rounding = RectifiedSigmoid()
     num_steps: int = 20_000
     batch_size: int = 32
@@ -67,6 +69,7 @@ def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
 
     def solve(problem: Problem, guess: Quantized, key: jax.Array) -> tuple[Quantized, Info]:
         keys = jax.random.split(key)
+        _note_idle(settings, problem)
         if any(problem.plan.activations.values()) and settings.together:
             # what is learned stays near the float outputs; with weights merely rounded, ranges may be anything
             guess = fit_activations(problem, guess, problem.leaves) if settings.refit else guess
@@ -81,6 +84,28 @@ def reconstruct(settings: Reconstruction = Reconstruction()) -> Solver:
     return solve
 
 
+def _note_idle(settings: Reconstruction, problem: Problem):
+    """Notes of the report on settings that this problem, or this backend, leaves nothing to do."""
+    if settings.drop_prob and not any(problem.plan.activations.values()):
+        problem.note("drop_prob: no activation is quantized, so that nothing is dropped")
+    elif settings.drop_prob and not settings.together:
+        problem.note("drop_prob: weights are learned with float activations, and nothing is dropped; write together=True to learn both with it")
+    if settings.bfloat16 and jax.default_backend() == "cpu":
+        problem.note("bfloat16: in loops the CPU's fast forms of convolutions (depthwise, 1×1) are not used, so that steps may take longer")
+
+
+def _note_predictions(settings: Reconstruction, walk: Walk):
+    """A note of the report for each reason why `prediction` does not count in a block that is learned."""
+    if settings.prediction is None:
+        return
+    names: dict[str, list[str]] = {}
+    for number, block in enumerate(walk.blocks):
+        if learned_outputs(walk.graph, block) and (why := _no_tail(settings.prediction, walk, number)):
+            names.setdefault(why, []).append(block.name)
+    for why, blocks in names.items():
+        walk.problem.note(f"prediction: does not count in {', '.join(blocks)}: {why}")
+
+
 def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, weights: bool, activations: bool) -> tuple[Quantized, Info]:
     """One walk that learns weights, activations or both."""
     if weights and not activations and not any(problem.plan.weights.values()):
@@ -93,7 +118,8 @@ def _walk(settings: Reconstruction, problem: Problem, guess: Quantized, key, wei
     walk = Walk(problem, settings.batch_size, settings.unit, settings.error, activations, key_fisher, dropping)
     if problem.mesh and walk.batch_size % problem.mesh.shape[AXIS]:
         raise ValueError(f"mesh: {problem.mesh.shape[AXIS]} devices cannot share batches of {walk.batch_size} evenly. Write another batch_size.")
-    stages = [stage(settings.start, walk)] if weights and settings.start else []
+    _note_predictions(settings, walk)
+    stages = [stage(settings.start, walk, guess)] if weights and settings.start else []
     if steps:
         phase = "together" if weights and activations else "rounding" if weights else "steps"
         stages.append(Stage(phase, steps, functools.partial(_learn_unit, settings, walk, steps, key_steps, weights)))
@@ -109,7 +135,7 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     rows = {slot: float_rows(floats[slot], q.channel_axes) for slot, q in guesses.items()}
     variables, fixed = {}, {}
     for slot, q in guesses.items():
-        own, fixed[slot] = rounding.start(q, rows[slot])
+        own, fixed[slot] = rounding.start(q, rows[slot], settings.start is not None)
         for kind, value in own.items():
             variables.setdefault(kind, {})[slot] = value
     hooks = walk.hooks(current)
@@ -174,11 +200,20 @@ def _data(settings: Reconstruction, walk: Walk, unit: Unit, tail: Tail | None) -
 
 def _tail(settings: Reconstruction, walk: Walk, unit: Unit) -> Tail | None:
     """The rest of the net, where its prediction counts and can be afforded."""
-    later, flat = walk.drawn_blocks[unit.number + 1 :], walk.drawn_graph.flat
-    if settings.prediction is None or not later or walk.predictions is None:
+    if settings.prediction is None or _no_tail(settings.prediction, walk, unit.number):
         return None
-    entries = walk.drawn_blocks[unit.number].outs
-    made = set(entries).union(*(b.outs for b in later))
-    work = sum(op.macs for b in later for op in b.ops)
-    affordable = work <= settings.prediction.cost * sum(op.macs for op in unit.block.ops) * walk.batch_size / walk.rough.batch_size
-    return Tail(entries, later, flat.outputs[0]) if affordable and all(made.issuperset(b.ins) for b in later) else None
+    return Tail(walk.drawn_blocks[unit.number].outs, walk.drawn_blocks[unit.number + 1 :], walk.drawn_graph.flat.outputs[0])
+
+
+def _no_tail(prediction: Prediction, walk: Walk, number: int) -> str:
+    """Why the net's prediction does not count in a block; "" where it does."""
+    later = walk.drawn_blocks[number + 1 :]
+    if not later:
+        return "nothing is behind it"
+    if walk.predictions is None:
+        return "the model's output is not one array of logits with examples on axis 0"
+    made = set(walk.drawn_blocks[number].outs).union(*(b.outs for b in later))
+    if not all(made.issuperset(b.ins) for b in later):
+        return "what is behind it reads values from before it"
+    rest, own = (sum(op.macs for b in blocks for op in b.ops) for blocks in (later, walk.drawn_blocks[number : number + 1]))
+    return f"the rest of the net has more than cost={prediction.cost:g} times its multiplications" if rest > prediction.cost * own else ""

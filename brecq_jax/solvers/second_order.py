@@ -6,8 +6,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from brecq_jax._interpret import param_values
+from brecq_jax._calibrate import learned_outputs
+from brecq_jax._graph import Op
+from brecq_jax._interpret import Block, LocalOp, param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, float_rows, from_rows
 from brecq_jax.solvers import _lattice, _quadratic
@@ -35,41 +38,68 @@ def second_order(**settings) -> Solver:
 
     def solve(problem: Problem, guess: Quantized, key: jax.Array) -> tuple[Quantized, Info]:
         walk = Walk(problem)
-        model, info = walk.improve(guess, [stage(settings, walk)])
+        model, info = walk.improve(guess, [stage(settings, walk, guess)])
         return fit_activations(problem, model), info
 
     return solve
 
 
-def stage(settings: SecondOrder, walk: Walk) -> Stage:
-    """Second-order rounding as one stage of a walk."""
+def stage(settings: SecondOrder, walk: Walk, guess: Quantized) -> Stage:
+    """Second-order rounding as one stage of a walk from `guess`. The report's notes name the weights that it leaves as they are."""
+    for name, why in left_out(walk, guess).items():
+        walk.problem.note(f"second_order: {name} keeps its guess: {why}")
     return Stage("second order", 0, functools.partial(_round_unit, settings, walk))
+
+
+def left_out(walk: Walk, guess: Quantized) -> dict[str, str]:
+    """Weight -> why the closed form does not round it, of all that it should: by no op of the first block that reads it."""
+    found: dict[str, tuple[int, list[str]]] = {}
+    for number, block in enumerate(walk.blocks):
+        for op, local in zip(block.ops, block.program.ops, strict=True):
+            first, reasons = found.setdefault(op.weight, (number, []))
+            if first == number and walk.chooses(guess, op.weight) and learned_outputs(walk.graph, block):
+                reasons.append(_unread(walk, guess, op, local, block))
+    return {name: reasons[0] for name, (_, reasons) in found.items() if reasons and all(reasons)}
+
+
+def _unread(walk: Walk, model: Quantized, op: Op, local: LocalOp, block: Block) -> str:
+    """Why the closed form cannot round the weight by this op; "" where it can."""
+    step, q = block.program.steps[local.step][0], model.weight(walk.graph.weights[op.weight])
+    if why := _quadratic.unread(local, step):
+        return why
+    return "" if _quadratic.row_axes(local, step) == q.channel_axes else "its channels are those of another op that reads it"
+
+
+def _batches(walk: Walk) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(examples, 1 for each that counts): each that is learned from counts once; the last batch is filled up with the first examples."""
+    size, count = walk.rough.batch_size, len(walk.train)
+    places = [np.arange(start, start + size) for start in range(0, count, size)]
+    return [(walk.train[at % count], (at < count).astype(np.float32)) for at in places]
 
 
 def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, learned = current.values(walk.graph, block), {}
-    size = walk.rough.batch_size
-    starts = range(0, len(walk.train) - size + 1, size)
+    batches, ragged = _batches(walk), bool(len(walk.train) % walk.rough.batch_size)
     inputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (walk.graph.flat.types[i] for i in block.ins)]
     types = _quadratic.program_types(block.program, inputs, params, block.constants)
     hooks = walk.hooks(current)
     formats, grids, whole_values = hooks.of(block) if hooks else ((), {}, False)
     for number, (op, local) in enumerate(zip(block.ops, block.program.ops, strict=True)):
-        step = block.program.steps[local.step][0]
-        if op.weight not in unit.weights or op.weight in learned or not _quadratic.linear_op(local, step):
+        if op.weight not in unit.weights or op.weight in learned or _unread(walk, current, op, local, block):
             continue
         q = current.weight(walk.graph.weights[op.weight])
         to = _quadratic.reach(block.program, number, types, block.constants)
-        keep = -(-settings.rows // len(starts))
+        keep = -(-settings.rows // len(batches))
+        # where examples are not on axis 0 of the output, those that fill up the last batch count twice
+        masked = ragged and walk.graph.flat.steps[op.step].outputs[0] in walk.graph.by_example
         weight = float_rows(floats[local.weight], q.channel_axes)
         found, grid = _decoded(q), q.grid
         for _ in range(settings.rounds):
             total = None
-            for start in starts:
-                rows = walk.train[start : start + size]
+            for rows, counts in batches:
                 arguments = walk.rough.inputs(block, rows), params, walk.exact.inputs(block, rows), floats, list(block.constants), grids
-                part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments)
+                part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments, counts if masked else None)
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
             found, grid = _searched(q.format, settings.damping, *_means(*total), grid, weight, found)
             params[local.weight], learned[op.weight] = _written(q, found, grid)
