@@ -74,7 +74,7 @@ class Program:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "activations"), meta_fields=("program",))
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)  # by identity: arrays have no hash, and `jax.jit(quantized)` wants one
 class Quantized:
     """A quantized model: a pytree to call, jit, shard and differentiate.
 

@@ -155,6 +155,11 @@ def _match(what: str, rules: Rules, names: list[str]) -> dict[str, tuple[Format 
             f"{what}: {rules!r} is a {type(rules).__name__}. Write a format, as Uniform(4), None for float, or a "
             "dict {pattern: format}."
         )
+    for pattern in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{what}: the rule {pattern!r} is no regular expression: {error}. Write \\ before (, ) and [ of a name.") from None
     found, used = {}, set()
     for name in names:
         pattern = next((p for p in rules if re.fullmatch(p, name)), None)

@@ -85,12 +85,14 @@ def quantize(
     key = jax.random.key(0) if key is None else key
     _check_params(params)
     _check_function(apply_fn)
+    _check_solver(solver)
+    _check_key(key)
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
-    notes = [*partition(graph, blocks)[1], *_idle(solver, mesh)]
+    notes = [*partition(graph, blocks)[1], *_idle(solver, data_mesh(mesh))]
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
@@ -117,6 +119,8 @@ NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
 
 def _check_params(params: Any):
+    if isinstance(params, Quantized) or any(map(is_qarray, jax.tree.leaves(params, is_leaf=is_qarray))):
+        raise TypeError("params: they are quantized already. Pass float ones, or what quantized.dequantized() gives.")
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         if not hasattr(leaf, "dtype"):
             raise TypeError(f"params: {name} is a {type(leaf).__name__}, not an array. Pass arrays alone.")
@@ -132,6 +136,19 @@ def _check_function(apply_fn: Callable):
     except TypeError:
         kind = type(apply_fn).__name__
         raise TypeError(f"apply_fn is a {kind} that has no hash (a dataclass, perhaps). Write lambda params, inputs: net(params, inputs).") from None
+
+
+def _check_solver(solver: Solver | None):
+    if isinstance(solver, str):
+        raise TypeError(f"solver={solver!r} is a name. Write solvers.by_name({solver!r}), or call one of `solvers`, as solvers.annealed().")
+    if solver in [getattr(solvers, name) for name in solvers.__all__]:
+        raise TypeError(f"solver={solver.__name__} is what makes a solver. Call it: solvers.{solver.__name__}().")
+
+
+def _check_key(key: Any):
+    """A typed key, or the two words of an old one."""
+    if not hasattr(key, "dtype") or not (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32):
+        raise TypeError(f"key={key!r} is a {type(key).__name__}. Write jax.random.key(0).")
 
 
 def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:

@@ -14,8 +14,11 @@ def data_mesh(mesh: Mesh | None) -> Mesh | None:
     """The mesh whose shardings the compiler chooses, whatever kind its axes are of (`jax.make_mesh` makes explicit ones).
 
     Raises:
+      TypeError: it is no mesh.
       ValueError: it has no axis `data`.
     """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={mesh!r} is a {type(mesh).__name__}. Write jax.make_mesh((jax.device_count(),), ('data',)).")
     if mesh is not None and AXIS not in mesh.axis_names:
         raise ValueError(f"mesh: its axes are {mesh.axis_names}. Call one 'data', as jax.make_mesh((jax.device_count(),), ('data',)) does.")
     return None if mesh is None else Mesh(mesh.devices, mesh.axis_names)

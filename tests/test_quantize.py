@@ -55,6 +55,20 @@ def test_the_result_is_a_pytree_to_jit_and_differentiate(w3a8, digits):
     assert w3a8(x[:3]).shape == (3, 10)
 
 
+def test_the_result_is_jitted_as_it_is(w3a8, digits):
+    np.testing.assert_allclose(jax.jit(w3a8)(digits.test_images[:2]), w3a8(digits.test_images[:2]), rtol=1e-5)
+
+
+def test_a_weight_that_several_blocks_read_is_named():
+    w, x = jax.random.normal(jax.random.key(0), (6, 6)), np.asarray(jax.random.normal(jax.random.key(1), (16, 6)))
+
+    def apply_fn(w, x):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    notes = brecq_jax.quantize(w, apply_fn, x, solver=solvers.annealed(num_steps=2), blocks="layer", progress=False).report.notes
+    assert any("is read in 2 blocks, and rounded for the errors of" in note for note in notes)
+
+
 def test_two_models_of_one_program_are_called_in_turn():
     """The graph is traced while the first call is, and serves both: `pad` holds a number that must not belong to that trace."""
 
@@ -202,6 +216,11 @@ def test_scanned_stacks_keep_their_shape():
         ({"activations": {"nothing": Uniform(8)}}, ValueError, "activations: the rule"),
         ({"activations": Uniform(8, granularity=16)}, ValueError, "per tensor"),
         ({"weights": Uniform(4, granularity=7)}, ValueError, "group size 7"),
+        ({"weights": {"stem(": Uniform(4)}}, ValueError, r"the rule 'stem\(' is no regular expression"),
+        ({"solver": "adaround"}, TypeError, r"Write solvers.by_name\('adaround'\)"),
+        ({"solver": solvers.nearest}, TypeError, r"Call it: solvers.nearest\(\)"),
+        ({"key": 0}, TypeError, r"Write jax.random.key\(0\)"),
+        ({"mesh": 1}, TypeError, r"mesh=1 is a int. Write jax.make_mesh"),
         ({"preset": "BRECQ"}, ValueError, "preset='BRECQ'"),
         ({"blocks": "blok"}, ValueError, "blocks='blok'"),
         ({"blocks": ["nothing.*"]}, ValueError, "matched no op"),
@@ -217,6 +236,8 @@ def test_bad_inputs_are_refused_before_any_work(digits):
     def call(params=digits.variables, images=digits.train_images[:16]):
         return brecq_jax.quantize(params, digits.model.apply, images, progress=False)
 
+    with pytest.raises(TypeError, match="quantized already.*dequantized"):
+        call(params=quantize(digits, solver=solvers.nearest()).params)
     broken = jax.tree.map(lambda a: a.at[0].set(jnp.nan) if a.ndim == 4 else a, digits.variables)
     with pytest.raises(ValueError, match="conv1/kernel .* not finite"):
         call(params=broken)

@@ -63,6 +63,7 @@ def export(quantized: Quantized | Integer, path: str | pathlib.Path, inputs: Any
     except Exception as error:  # apply_fn is the user's, and may raise anything
         raise ValueError(f"export: apply_fn could not be read with a batch size that is not yet known: {error}") from error
     whole = bytes(exported.serialize())
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(whole + hashlib.sha256(whole).digest())
 
 

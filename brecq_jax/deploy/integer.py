@@ -88,7 +88,7 @@ def unpacked(params: Any) -> Any:
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("params", "activations", "ops"), meta_fields=("program", "taken", "kept_float", "shapes")
 )
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Integer:
     """A quantized model on integers: a pytree to call, jit and shard, as a `Quantized` is.
 

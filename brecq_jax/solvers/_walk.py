@@ -153,6 +153,7 @@ class Walk:
         """Unit by unit, ask each stage for a better model, and keep it where the held-out error fell."""
         decided: set[str] = set()
         current, infos = guess, []
+        self._note_shared(guess)
         for n, block in enumerate(self.blocks):
             floats, place = param_values(self.graph, block, self.leaves), self.caches.places[n + 1]
             targets = None if place == "recomputed" else self.exact.outputs(block, floats, place=place)
@@ -166,6 +167,19 @@ class Walk:
             self.exact.advance(block, floats, outputs=targets)
             self.rough.advance(block, current.values(self.graph, block), self.hooks(current))
         return current, tuple(infos)
+
+    def _note_shared(self, guess: Quantized):
+        """A note of the report on each weight that several blocks read: the first one that learns decides."""
+        readers: dict[str, list[str]] = {}
+        for block in self.blocks:
+            for name in dict.fromkeys(op.weight for op in block.ops if op.kind != "embed" and self.chooses(guess, op.weight)):
+                readers.setdefault(name, []).append(block.name)
+        for name, blocks in readers.items():
+            if len(blocks) > 1:
+                self.problem.note(
+                    f"{name} is read in {len(blocks)} blocks, and rounded for the errors of {blocks[0]} alone. blocks=[…] with one pattern for all of "
+                    "them, or blocks='net', learns it for all"
+                )
 
     def improve_unit(self, unit: Unit, current: Quantized, stages: Sequence[Stage]) -> tuple[Quantized, list[dict]]:
         """The model with this unit bettered, or with what an interrupted run found for it."""
