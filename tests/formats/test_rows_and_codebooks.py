@@ -53,6 +53,18 @@ def test_a_codebook_of_its_own_is_better_than_a_shared_one_and_more_clusters_tha
     assert own < many < one
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rows_a_thousand_times_smaller_have_codebooks_as_fine(bits):
+    """Of both kinds of rows the errors are less than those of a range for each row, and those that they have in tables of their own."""
+    small = jnp.arange(64) < 32
+    rows = normal_rows(64, 64) * jnp.where(small, 1e-3, 1.0)[:, None]
+    found, ranges = errors(ClusterCodebook(bits), rows), errors(RowUniform(bits), rows)
+    for some in (small, ~small):
+        assert found[some].mean() < ranges[some].mean()
+        alone = errors(ClusterCodebook(bits, 1), rows[some])
+        np.testing.assert_allclose(errors(ClusterCodebook(bits, 2), rows)[some], alone, rtol=2e-3)  # small points are halves of less than 11 bits
+
+
 @pytest.mark.parametrize("n, k", [(7, 2), (9, 4), (10, 3)])
 def test_kmeans_is_the_best_of_all_partitions(n, k):
     draw = np.random.default_rng(n)
