@@ -143,7 +143,7 @@ def test_a_plan_without_points_is_refused():
 
 # SPARQ
 
-SPARQ = {"first": None, ".*": Sparq(4)}
+SPARQ = {"first": None, "last": Uniform(8), ".*": Sparq(4)}  # means over pixels, which `last` reads, have no zeros
 
 
 @pytest.mark.parametrize("preset", [None, "brecq"])
@@ -155,7 +155,8 @@ def test_ops_read_re_coded_activations(preset):
     def read(x, name):
         scale = found.activations[name].scale.squeeze()
         codes = jnp.clip(jnp.round(x / scale), 0, 255).astype(jnp.uint8)
-        return scale * Sparq(4).recode(codes, -1).astype(jnp.float32)
+        codes = codes if name == "last" else Sparq(4).recode(codes, -1)
+        return scale * codes.astype(jnp.float32)
 
     x = jnp.asarray(images())
     for name, groups in (("first", 1), ("grouped", 2)):
@@ -179,7 +180,8 @@ def test_it_is_a_plan_entry_under_learned_rounding_and_survives_a_checkpoint(tmp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(activations=Sparq(4)), "activations: first: Sparq re-codes unsigned .* values after a ReLU"),
+        (dict(activations=Sparq(4)), "activations: first: Sparq re-codes unsigned .* values after a ReLU, and this is the network's own input"),
+        (dict(activations=SPARQ | {"last": Sparq(4)}), "activations: last: Sparq re-codes unsigned .* values after a ReLU. Here 0.0363 was seen as the least"),
         (dict(weights=Sparq(4)), r"weights: first is given Sparq.* write activations="),
     ],
 )
@@ -189,13 +191,14 @@ def test_it_is_refused_where_it_has_no_place(settings, words):
 
 
 def test_it_is_refused_where_a_sum_has_no_pairs():
-    params = {"depthwise": jnp.ones((3, 3, 1, 4))}
+    params = {"pointwise": jnp.eye(4), "depthwise": jnp.ones((3, 3, 1, 4))}
 
     def apply(params, x):
+        x = jax.nn.relu(x @ params["pointwise"])
         x = jax.lax.conv_general_dilated(x, params["depthwise"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4)
         return x.mean((1, 2))
 
-    inputs = np.ones((COUNT, 4, 4, 4), np.float32)
+    inputs = images().reshape(COUNT, 6, 3, 4)
     with pytest.raises(ValueError, match="depthwise adds up 1 in each of its\n  4 groups"):
-        quantize(apply, params, inputs, weights=None, activations=Sparq(4), solver=solvers.nearest())
-    quantize(apply, params, inputs, weights=None, activations=Sparq(4, pairs=False), solver=solvers.nearest())
+        quantize(apply, params, inputs, weights=None, activations={"pointwise": None, ".*": Sparq(4)}, solver=solvers.nearest())
+    quantize(apply, params, inputs, weights=None, activations={"pointwise": None, ".*": Sparq(4, pairs=False)}, solver=solvers.nearest())

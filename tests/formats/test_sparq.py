@@ -177,7 +177,9 @@ def test_what_cannot_be_meant_is_refused(arguments):
         Sparq(**arguments)
 
 
-def test_values_below_zero_are_refused():
+def test_values_whose_least_is_not_zero_are_refused():
     with pytest.raises(ValueError, match="values after a ReLU. Here -0.17 was seen"):
         Sparq(4).fit(jnp.array([[1.0, -0.17]]))
+    with pytest.raises(ValueError, match=r"Here 0.269 was seen as the least,\n.*\n  Write Uniform\(8\) for this name"):
+        Sparq(4).fit(jax.nn.sigmoid(jnp.array([[1.0, -1.0]])))
     assert float(Sparq(4, ranges=MinMax()).fit(jnp.array([[2.55, 0.0]])).scale.squeeze()) == pytest.approx(0.01)
