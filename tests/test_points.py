@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import solvers
-from brecq_jax._qarray import QArray, to_rows
+from brecq_jax._qarray import QArray, quantize_array, to_rows
 from brecq_jax.formats import Multipoint, Sparq, Uniform
 
 COUNT, TRAINED = 16, 14  # calibration examples, and those that do not judge
@@ -112,6 +113,37 @@ def test_points_then_learned_rounding_then_a_checkpoint(tmp_path, quantized):
     restored = brecq_jax.restore(tmp_path / "model", net)
     assert restored.params["first"].format == FORMAT
     np.testing.assert_array_equal(restored(images()), learned(images()))
+
+
+def same(left, right):
+    return all(map(np.array_equal, *map(jax.tree.leaves, (left, right))))
+
+
+def test_a_block_keeps_what_was_learned_before_where_points_do_not_err_less():
+    def all_points(problem, guess, key):
+        graph = problem.graph(COUNT)
+        most = {n: quantize_array(w, dataclasses.replace(FORMAT, tolerance=0.0), (w.ndim - 1,)) for n, w in parameters().items()}
+        return guess.with_weights({n: dataclasses.replace(q, format=FORMAT) for n, q in most.items()}, graph), ()
+
+    settings = dict(activations={"first": None, ".*": Uniform(8)})
+    before = quantize(solver=all_points, **settings)
+    after = quantize(solver=solvers.chain(all_points, solvers.multipoint()), **settings)
+    assert same((after.params, after.activations), (before.params, before.activations))
+    assert len(after.report.blocks) and not any(r.kept for r in after.report.blocks)
+
+
+def test_a_block_keeps_its_guess_where_neither_one_point_nor_more_err_less(monkeypatch):
+    module = sys.modules["brecq_jax.solvers.multipoint"]  # `solvers.multipoint` is the function
+    fit = module._fit
+
+    def worse(format, rows, gram):
+        codes, grid = fit(format, rows, gram)
+        return codes, grid._replace(scale=3 * grid.scale)
+
+    monkeypatch.setattr(module, "_fit", worse)
+    found, guess = quantize(), quantize(solver=solvers.nearest())
+    assert same(found.params, guess.params)
+    assert any(np.any(FORMAT.counts(q.grid) > 1) for q in guess.params.values())
 
 
 def test_one_point_survives_a_checkpoint(tmp_path):
