@@ -79,7 +79,7 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
         sums float. None: what is stated, everywhere. Rules that match a name win over the preset.
 
     Raises:
-      ValueError: an unknown preset, a rule that is never used, a format that does not fit a weight's shape.
+      ValueError: an unknown preset, a rule that is never used, a format that does not fit a weight's shape, Sparq for the network's input.
       TypeError: something that is not a format.
     """
     if preset is not None and preset not in PRESETS:
@@ -106,6 +106,11 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
             format = None if reads_input and preset == "brecq" else _at_edge(format) if edge else format
         if isinstance(format, PerToken) and isinstance(read, Factor):
             format = PerToken(format.bits)
+        if isinstance(format, Sparq) and read.site_value not in graph.heavy:
+            raise ValueError(
+                f"activations: {name}: Sparq re-codes unsigned 8-bit codes, values after a ReLU, and this is the network's own input.\n"
+                "  Write Uniform(8) for this name, or None."
+            )
         chosen_a[name] = _for_activation(format, name, graph)
     _check_slices(graph, chosen_w)
     rows, sizes = [], {}

@@ -81,8 +81,10 @@ def test_the_split_student_goes_on_from_the_ternary_one():
     ternary, _ = quantized(solvers.distilled(features, QUICK), Ternary("per_tensor"), None)
     np.testing.assert_allclose(unmoved(ids), passes.split_ternary(ternary)(ids), atol=1e-4)
     assert all(r.error_after <= r.error_before for r in records) and records[2].error_after < 0.95 * records[2].error_before
-    codes = model.params["params"]["out"]["kernel"].codes
-    assert set(np.unique(codes)) <= {0, 1, 2, 3}
+    kernel = model.params["params"]["out"]["kernel"]
+    assert set(np.unique(kernel.codes)) <= {0, 1, 2, 3}
+    assert len(np.unique(kernel.decode())) <= 4
+    assert all(len(np.unique(row)) <= 4 for row in np.asarray(model.params["params"]["word"]["embedding"].decode()))
 
 
 def test_splitting_changes_nothing_that_the_student_shows():

@@ -14,7 +14,7 @@ from brecq_jax import solvers
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import make_plan
 from brecq_jax._quantize import NO_PLAN
-from brecq_jax.formats import Affine, MinMax, PerToken, Uniform
+from brecq_jax.formats import Affine, MinMax, PerToken, Ternary, Uniform
 
 lapq = sys.modules["brecq_jax.solvers.lapq"]  # `solvers.lapq` is the function
 
@@ -133,6 +133,16 @@ def test_means_are_kept_in_the_search(small):
         assert isinstance(array.format, Affine)
 
 
+def test_means_are_kept_where_weights_have_zero_points(small):
+    formats = {"first": Ternary(), "second": Uniform(2)}
+    search = a_search(*small[:1], apply, *small[1:], formats, None, iterations=1, correct_means=True)
+    found = search.model()
+    assert found.params["first"].format == Ternary()
+    np.testing.assert_allclose(found.params["second"].decode().mean(0), small[0]["second"].mean(0), atol=1e-5)
+    with pytest.raises(ValueError, match=r"which no weight has; write weights=Uniform\(4\)"):
+        a_search(*small[:1], apply, *small[1:], Ternary(), None, correct_means=True)
+
+
 def test_reconstruction_starts_from_the_ranges(small):
     start = quantize(small, solvers.lapq(iterations=1))
     chained = quantize(small, solvers.chain(solvers.lapq(iterations=1), solvers.brecq(num_steps=0, act_steps=0, refit=False)))
@@ -150,6 +160,29 @@ def test_nothing_to_search_is_the_guess(small):
 def test_labels_of_another_number_are_refused(small):
     with pytest.raises(ValueError, match="3 labels for 200 calibration examples"):
         quantize(small, solvers.lapq(small[2][:3]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (np.eye(4)[np.zeros(200, int)], r"float64 \(200, 4\); write class numbers, int \(examples,\)"),
+        (np.zeros(200), r"float64 \(200,\); write class numbers, int \(examples,\)"),
+        (np.zeros((200, 1), int), r"int64 \(200, 1\); write class numbers, int \(examples,\)"),
+        (1 + np.arange(200) % 4, "1 to 4, of 4 classes; write class numbers, 0 to 3"),
+        (-np.ones(200, int), "-1 to -1, of 4 classes"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused(small, labels, words):
+    with pytest.raises(ValueError, match=words):
+        a_search(small[0], apply, small[1], labels, Uniform(2), None)
+
+
+def test_labels_of_positions_have_the_shape_of_their_predictions(small):
+    per_position = small[0], lambda params, x: apply(params, x.reshape(len(x), 3, 2).repeat(3, -1)), small[1]
+    search = a_search(*per_position, np.zeros((200, 3), int), Uniform(2), None)
+    assert np.isfinite(search.loss(search.grids, search.octaves))
+    with pytest.raises(ValueError, match=r"write class numbers, int \(examples, 3\)"):
+        a_search(*per_position, np.zeros(200, int), Uniform(2), None)
 
 
 def test_several_outputs_are_means_of_unit_gaussians():

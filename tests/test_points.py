@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import solvers
-from brecq_jax._qarray import QArray, to_rows
+from brecq_jax._qarray import QArray, quantize_array, to_rows
 from brecq_jax.formats import Multipoint, Sparq, Uniform
 
 COUNT, TRAINED = 16, 14  # calibration examples, and those that do not judge
@@ -114,6 +115,37 @@ def test_points_then_learned_rounding_then_a_checkpoint(tmp_path, quantized):
     np.testing.assert_array_equal(restored(images()), learned(images()))
 
 
+def same(left, right):
+    return all(map(np.array_equal, *map(jax.tree.leaves, (left, right))))
+
+
+def test_a_block_keeps_what_was_learned_before_where_points_do_not_err_less():
+    def all_points(problem, guess, key):
+        graph = problem.graph(COUNT)
+        most = {n: quantize_array(w, dataclasses.replace(FORMAT, tolerance=0.0), (w.ndim - 1,)) for n, w in parameters().items()}
+        return guess.with_weights({n: dataclasses.replace(q, format=FORMAT) for n, q in most.items()}, graph), ()
+
+    settings = dict(activations={"first": None, ".*": Uniform(8)})
+    before = quantize(solver=all_points, **settings)
+    after = quantize(solver=solvers.chain(all_points, solvers.multipoint()), **settings)
+    assert same((after.params, after.activations), (before.params, before.activations))
+    assert len(after.report.blocks) and not any(r.kept for r in after.report.blocks)
+
+
+def test_a_block_keeps_its_guess_where_neither_one_point_nor_more_err_less(monkeypatch):
+    module = sys.modules["brecq_jax.solvers.multipoint"]  # `solvers.multipoint` is the function
+    fit = module._fit
+
+    def worse(format, rows, gram):
+        codes, grid = fit(format, rows, gram)
+        return codes, grid._replace(scale=3 * grid.scale)
+
+    monkeypatch.setattr(module, "_fit", worse)
+    found, guess = quantize(), quantize(solver=solvers.nearest())
+    assert same(found.params, guess.params)
+    assert any(np.any(FORMAT.counts(q.grid) > 1) for q in guess.params.values())
+
+
 def test_one_point_survives_a_checkpoint(tmp_path):
     found = quantize(weights=Multipoint(4, points=1), solver=solvers.nearest())
     brecq_jax.save(tmp_path / "model", found)
@@ -143,7 +175,7 @@ def test_a_plan_without_points_is_refused():
 
 # SPARQ
 
-SPARQ = {"first": None, ".*": Sparq(4)}
+SPARQ = {"first": None, "last": Uniform(8), ".*": Sparq(4)}  # means over pixels, which `last` reads, have no zeros
 
 
 @pytest.mark.parametrize("preset", [None, "brecq"])
@@ -155,7 +187,8 @@ def test_ops_read_re_coded_activations(preset):
     def read(x, name):
         scale = found.activations[name].scale.squeeze()
         codes = jnp.clip(jnp.round(x / scale), 0, 255).astype(jnp.uint8)
-        return scale * Sparq(4).recode(codes, -1).astype(jnp.float32)
+        codes = codes if name == "last" else Sparq(4).recode(codes, -1)
+        return scale * codes.astype(jnp.float32)
 
     x = jnp.asarray(images())
     for name, groups in (("first", 1), ("grouped", 2)):
@@ -179,7 +212,8 @@ def test_it_is_a_plan_entry_under_learned_rounding_and_survives_a_checkpoint(tmp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(activations=Sparq(4)), "activations: first: Sparq re-codes unsigned .* values after a ReLU"),
+        (dict(activations=Sparq(4)), "activations: first: Sparq re-codes unsigned .* values after a ReLU, and this is the network's own input"),
+        (dict(activations=SPARQ | {"last": Sparq(4)}), "activations: last: Sparq re-codes unsigned .* values after a ReLU. Here 0.0363 was seen as the least"),
         (dict(weights=Sparq(4)), r"weights: first is given Sparq.* write activations="),
     ],
 )
@@ -189,13 +223,14 @@ def test_it_is_refused_where_it_has_no_place(settings, words):
 
 
 def test_it_is_refused_where_a_sum_has_no_pairs():
-    params = {"depthwise": jnp.ones((3, 3, 1, 4))}
+    params = {"pointwise": jnp.eye(4), "depthwise": jnp.ones((3, 3, 1, 4))}
 
     def apply(params, x):
+        x = jax.nn.relu(x @ params["pointwise"])
         x = jax.lax.conv_general_dilated(x, params["depthwise"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4)
         return x.mean((1, 2))
 
-    inputs = np.ones((COUNT, 4, 4, 4), np.float32)
+    inputs = images().reshape(COUNT, 6, 3, 4)
     with pytest.raises(ValueError, match="depthwise adds up 1 in each of its\n  4 groups"):
-        quantize(apply, params, inputs, weights=None, activations=Sparq(4), solver=solvers.nearest())
-    quantize(apply, params, inputs, weights=None, activations=Sparq(4, pairs=False), solver=solvers.nearest())
+        quantize(apply, params, inputs, weights=None, activations={"pointwise": None, ".*": Sparq(4)}, solver=solvers.nearest())
+    quantize(apply, params, inputs, weights=None, activations={"pointwise": None, ".*": Sparq(4, pairs=False)}, solver=solvers.nearest())

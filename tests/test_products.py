@@ -36,6 +36,11 @@ def attention(params, x, rounded=lambda name, value, axis: value):
     return mixed.transpose(0, 2, 1, 3).reshape(x.shape) @ params["attn"]["out"]["kernel"]
 
 
+def attention_with_zeros(params, x):
+    """Attention that leaves out what has less than its share, by a ReLU."""
+    return attention(params, x, lambda name, value, axis: jax.nn.relu(value - 1 / TOKENS) if name == FACTORS[2] else value)
+
+
 def quantize(params, inputs, apply_fn=attention, **settings):
     defaults = {"weights": None, "activations": PRODUCTS, "solver": solvers.nearest(), "progress": False}
     return brecq_jax.quantize(params, apply_fn, inputs, **defaults | settings)
@@ -129,9 +134,10 @@ def test_steps_of_products_are_learned(params, tokens, solver):
 
 @pytest.mark.parametrize("activations", [Uniform(8), PerToken(8), {".*#2/left": Sparq(4), ".*": Uniform(8)}], ids=str)
 def test_products_leave_the_house_as_they_are(params, tokens, activations, tmp_path):
-    quantized = quantize(params, tokens, weights=Uniform(8), activations=activations)
+    apply_fn = attention if isinstance(activations, (Uniform, PerToken)) else attention_with_zeros
+    quantized = quantize(params, tokens, apply_fn, weights=Uniform(8), activations=activations)
     brecq_jax.save(tmp_path / "model", quantized)
-    np.testing.assert_array_equal(brecq_jax.restore(tmp_path / "model", attention)(tokens), quantized(tokens))
+    np.testing.assert_array_equal(brecq_jax.restore(tmp_path / "model", apply_fn)(tokens), quantized(tokens))
     brecq_jax.export(quantized, tmp_path / "program", tokens)
     np.testing.assert_allclose(deploy.load_program(tmp_path / "program").call(tokens[:5]), quantized(tokens[:5]), atol=1e-5)
     integer = deploy.to_integer(quantized, tokens[:1])
@@ -139,6 +145,11 @@ def test_products_leave_the_house_as_they_are(params, tokens, activations, tmp_p
     np.testing.assert_allclose(integer(tokens), quantized(tokens), atol=0.05 * float(np.abs(quantized(tokens)).max()))
     if activations == Uniform(8):
         assert len(integer.taken) == 4
+
+
+def test_a_softmax_has_no_zeros_for_sparq(params, tokens):
+    with pytest.raises(ValueError, match="activations: attn/product#2/left: Sparq .* Here .* was seen as the least"):
+        quantize(params, tokens, activations={".*#2/left": Sparq(4), ".*": None})
 
 
 def test_bits_of_products_are_searched_and_cost_both_sides(params, tokens):

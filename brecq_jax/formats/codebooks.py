@@ -101,7 +101,7 @@ class ClusterCodebook(_Codebook):
     """`clusters` codebooks of 2^bits float16 points; each row takes the one that errs least. Packed: d · bits / 8 bytes and its number.
 
     Rows begin in clusters of like spread. Then, `rounds` times, every cluster gets its points and every row the better cluster. The
-    values of a cluster are gathered into `LEVELS` steps of the whole range first, and k-means is exact on their means.
+    values of a cluster are gathered into `LEVELS` steps of its own range first, and k-means is exact on their means.
     Source: cluster-wise k-means of Guan et al. 2019, https://arxiv.org/abs/1911.02079; rows are clustered by the error itself here.
     """
 
@@ -154,14 +154,19 @@ class ClusterCodebook(_Codebook):
         return codes_bits(codes.shape, grid.book.shape[0], self.bits) + own + 16 * grid.points.size
 
     def _points(self, rows, weights, book: Integer[Array, "rows 1"]) -> Float16[Array, "clusters points"]:
-        low, high = jnp.min(rows), jnp.max(rows)
-        level = jnp.clip((rows - low) / jnp.where(high > low, (high - low) / LEVELS, 1), 0, LEVELS - 1).astype(jnp.int32)
+        def of_clusters(reduce, values):
+            found = reduce(values, book[:, 0].astype(jnp.int32), num_segments=self.clusters)
+            return jnp.where(jnp.isfinite(found), found, 0)[:, None]  # of a cluster without rows: 0
+
+        low, high = of_clusters(jax.ops.segment_min, jnp.min(rows, 1)), of_clusters(jax.ops.segment_max, jnp.max(rows, 1))
+        width = (high - low) / LEVELS
+        level = jnp.clip((rows - low[book[:, 0]]) / jnp.where(width > 0, width, 1)[book[:, 0]], 0, LEVELS - 1).astype(jnp.int32)
         place = book.astype(jnp.int32) * LEVELS + level
 
         def total(values):
             return jnp.zeros(self.clusters * LEVELS).at[place].add(values).reshape(self.clusters, LEVELS)
 
-        mass, middle = total(weights), low + (jnp.arange(LEVELS) + 0.5) * ((high - low) / LEVELS)
+        mass, middle = total(weights), low + (jnp.arange(LEVELS) + 0.5) * width
         means = jnp.where(mass > 0, total(weights * rows) / jnp.where(mass > 0, mass, 1), middle)
         return _sorted_half(jax.lax.map(lambda both: kmeans(*both, 2**self.bits), (means, mass)))
 

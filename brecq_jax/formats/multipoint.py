@@ -39,7 +39,8 @@ class Multipoint(SumOfIntegers):
 
     `select` chooses a_i for a residual r: "linf" takes ‖r‖_∞, so that ‖r‖_∞ shrinks by 2^bits − 2 with each point; "l2" the best
     ‖r − a_i w_i‖₂ of 400 scales, which clips, and leaves a tail that slows the points behind it; "mixed" takes "l2" for a
-    channel's last point and "linf" before. With granularity="per_tensor" the first point's a_1 is one for all channels.
+    channel's last point and "linf" before. With granularity="per_tensor" the first point's a_1 is one for all channels, however
+    many points they have: under "mixed" that of "l2", with which fewer channels need another.
 
     Codes are those of the last point: the earlier ones are part of the grid, so that learned rounding chooses in the last.
     Source: Liu et al. 2020, https://arxiv.org/abs/2002.09049; the paper's candidates for a_i are not used.
@@ -60,6 +61,8 @@ class Multipoint(SumOfIntegers):
     grid_type: ClassVar[type] = PointGrid
 
     def __post_init__(self):
+        if self.bits == 1 and not isinstance(self.bits, bool):
+            raise ValueError(f"Multipoint: bits is 1, of which the only level is 0; write Binary(points={1 if self.points == 1 else 2}), of levels −1 and 1.")
         for name, least, most in (("bits", 2, 8), ("points", 1, 8)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
@@ -98,7 +101,7 @@ class Multipoint(SumOfIntegers):
         scale, steps, levels = jnp.zeros_like(unit), [], []
         for number in range(self.points):
             pooled = number == 0 and self.granularity == "per_tensor"
-            last, step = (greedy_step(residual, self.top, select, pooled) for select in self._selects())
+            last, step = (greedy_step(residual, self.top, select, pooled) for select in self._selects(pooled))
             left = residual - last * nearest_levels(residual, last, self.top)
             level = nearest_levels(residual, step, self.top)
             residual = residual - step * level
@@ -171,9 +174,11 @@ class Multipoint(SumOfIntegers):
         products = jnp.einsum("be,pce->pbc", inputs.astype(jnp.int32), levels.astype(jnp.int32))
         return jnp.einsum("pbc,pc->bc", products.astype(jnp.float32), scales)
 
-    def _selects(self) -> tuple[str, str]:
-        """How a channel's last point is selected, and how one that others follow."""
-        return ("l2", "linf") if self.select == "mixed" else (self.select, self.select)
+    def _selects(self, pooled: bool) -> tuple[str, str]:
+        """How a channel's last point is selected, and how one that others follow; one step for both where all channels share it."""
+        if self.select == "mixed":
+            return ("l2", "l2") if pooled else ("l2", "linf")
+        return self.select, self.select
 
     def _rest(self, rows, grid: PointGrid):
         return rows.astype(jnp.float32) / grid.scale[..., 0] - _offset(grid)

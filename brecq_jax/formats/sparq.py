@@ -60,11 +60,12 @@ class Sparq:
     def fit(
         self, rows: Float[Array, "channels elements"], importance: Float[Array, "channels elements"] | None = None
     ) -> Grid:
-        """The 8-bit grid of values seen. Raises ValueError if one is negative: values must be concrete."""
+        """The 8-bit grid of values seen. Raises ValueError if the least is not 0, as after a ReLU: values must be concrete."""
         least = float(jnp.min(rows))
-        if least < 0:
+        if least != 0:  # as the authors' code refuses them
             raise ValueError(
-                f"Sparq re-codes unsigned 8-bit codes and shares the bits of zeros: values after a ReLU. Here {least:.3g} was seen.\n"
+                f"Sparq re-codes unsigned 8-bit codes and shares the bits of zeros: values after a ReLU. Here {least:.3g} was seen as the least,\n"
+                "  where a ReLU gives 0: outputs of a softmax, a sigmoid or a mean have no zeros to share.\n"
                 "  Write Uniform(8) for this name, or None."
             )
         return self.base.fit(rows, importance)

@@ -14,7 +14,8 @@ from brecq_jax.formats import Uniform, mean_corrected
 def correct_means(params: Any, quantized: Quantized) -> Quantized:
     """The same codes, read so that each output channel of a weight has the mean of the float weight: see `mean_corrected`.
 
-    Zero points become floats, one per channel, and formats `Affine`. Doing it twice is doing it once.
+    Zero points become floats, one per channel, and formats `Affine`. Doing it twice is doing it once. Weights whose format has no
+    zero point, such as `RowUniform` tables, stay as they are.
 
         corrected = passes.correct_means(variables, quantized)
 
@@ -22,19 +23,27 @@ def correct_means(params: Any, quantized: Quantized) -> Quantized:
       params: the float parameters that were quantized.
 
     Raises:
-      ValueError: params of another structure, or a weight whose format has no zero point.
+      ValueError: params of another structure, or no weight whose format has a zero point.
     """
     leaves, tree = jax.tree.flatten(quantized.params, is_leaf=is_qarray)
     floats = jax.tree.leaves(params)
     if [a.shape for a in leaves] != [a.shape for a in floats]:
         raise ValueError("correct_means: params has other shapes than what was quantized. Pass the float parameters of this model.")
-    corrected = [_corrected(*each) if isinstance(each[1], QArray) else each[1] for each in zip(leaf_names(params), leaves, floats, strict=True)]
+    if not any(map(_has_zero_point, leaves)):
+        others = (f"{name} is in {a.format}" for name, a in zip(leaf_names(params), leaves, strict=True) if isinstance(a, QArray))
+        raise ValueError(
+            f"correct_means: no weight has a zero point to move; {next(others, 'all are float')}.\n"
+            "  Quantize with weights=Uniform(4) or Affine(4), or leave this pass out."
+        )
+    corrected = [_corrected(a, weight) if _has_zero_point(a) else a for a, weight in zip(leaves, floats, strict=True)]
     return dataclasses.replace(quantized, params=jax.tree.unflatten(tree, corrected))
 
 
-def _corrected(name: str, array: QArray, weight: jax.Array) -> QArray:
-    if not isinstance(array.format, Uniform):
-        raise ValueError(f"correct_means: {name} is in {array.format}. Means are corrected by zero points, which Uniform and Affine have.")
+def _has_zero_point(leaf: jax.Array | QArray) -> bool:
+    return isinstance(leaf, QArray) and isinstance(leaf.format, Uniform)
+
+
+def _corrected(array: QArray, weight: jax.Array) -> QArray:
     rows = float_rows(weight, array.channel_axes)
     format, grid = mean_corrected(array.format, to_rows(array.codes, array.channel_axes), array.grid, rows)
     return dataclasses.replace(array, format=format, grid=grid)

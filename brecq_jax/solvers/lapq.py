@@ -32,7 +32,7 @@ class Lapq:
 
     iterations: int = 2  # of Powell: line searches along as many directions as there are tensors, about twenty losses each
     batch_size: int = 128
-    correct_means: bool = False  # each output channel of a rounded weight keeps its mean, in the search and after it
+    correct_means: bool = False  # each output channel of a rounded weight with a zero point keeps its mean, in the search and after it
 
 
 def lapq(labels: Int[np.ndarray, " examples"] | None = None, **settings) -> Solver:
@@ -51,7 +51,7 @@ def lapq(labels: Int[np.ndarray, " examples"] | None = None, **settings) -> Solv
     (https://github.com/ynahshan/nn-quantization-pytorch at 12cd3bf), which has no guard on the parabola.
 
     Raises:
-      ValueError: labels of another number than the examples; a loss that is not finite.
+      ValueError: labels of another number than the examples, or that are no class numbers; a loss that is not finite.
     """
     settings = Lapq(**settings)
 
@@ -147,7 +147,7 @@ def _wider(net: _Net, octaves, grids):
 def _nearest(weight, format: ScalarFormat, channel_axes: tuple[int, ...], grid: Grid, correct_means: bool) -> QArray:
     rows = float_rows(weight, channel_axes)
     codes = format.encode(rows, grid)
-    if correct_means:
+    if correct_means and isinstance(format, Uniform):
         format, grid = mean_corrected(format, codes, grid, rows)
     return QArray(from_rows(codes, weight.shape, channel_axes), grid, format, channel_axes, weight.dtype.name)
 
@@ -170,15 +170,27 @@ class _Search:
         self.error, self.targets = cross_entropy, []
         if labels is None:
             self.error, self.targets = float_divergence, self.float_outputs()
-        elif len(labels) != problem.count or len(self.block.outs) != 1:
-            raise ValueError(
-                f"lapq: {len(labels)} labels for {problem.count} calibration examples and {len(self.block.outs)} output arrays. Give one "
-                "label for each example, in their order, of a model with one array of logits; or none, for the divergence from the float model."
-            )
         else:
-            self.targets = [np.asarray(labels)]
+            self.targets = [self.class_numbers(labels)]
         self.read_tensors(problem, guess)
         self.train_batches, self.octaves = self.batches(self.train), np.zeros(len(self.net.tensors))
+
+    def class_numbers(self, labels) -> Int[np.ndarray, " examples"]:
+        """The labels, checked against the examples and the logits."""
+        labels, count = np.asarray(labels), self.problem.count
+        found = len(labels) if labels.shape else 1
+        if found != count or len(self.block.outs) != 1 or len(self.graph.flat.types[self.block.outs[0]].shape) < 2:
+            raise ValueError(
+                f"lapq: {found} labels for {count} calibration examples and {len(self.block.outs)} output arrays. Give one "
+                "label for each example, in their order, of a model with one array of logits; or none, for the divergence from the float model."
+            )
+        _, *positions, classes = self.graph.flat.types[self.block.outs[0]].shape
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (count, *positions):
+            shape = ", ".join(map(str, ("examples", *positions))) if positions else "examples,"
+            raise ValueError(f"lapq: labels are {labels.dtype} {labels.shape}; write class numbers, int ({shape}).")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"lapq: labels are {labels.min()} to {labels.max()}, of {classes} classes; write class numbers, 0 to {classes - 1}.")
+        return labels
 
     def read_tensors(self, problem: Problem, guess: Quantized):
         """What is searched, in program order, and what it is searched from: float rows of weights, samples of activations."""
@@ -193,8 +205,6 @@ class _Search:
             weight = graph.weights[op.weight]
             q, slot = guess.weight(weight), slots[(weight.leaf, weight.index)]
             if slot not in self.names and q is not None and isinstance(q.format, ScalarFormat):
-                if self.settings.correct_means and not isinstance(q.format, Uniform):
-                    raise ValueError(f"lapq: correct_means moves zero points, which {op.weight} in {q.format} has not; leave it out.")
                 self.names[slot], self.params[slot], self.grids["weight", slot] = op.weight, floats[slot], q.grid
                 self.rows["weight", slot] = q.format, float_rows(floats[slot], q.channel_axes), None
                 written.append((slot, q.format, q.channel_axes))
@@ -202,6 +212,8 @@ class _Search:
             site = ("reads", block.sites.index(op.site)) if op.site in block.sites else None
             if site in self.grids and site not in tensors:
                 tensors.append(site)
+        if self.settings.correct_means and not any(isinstance(format, Uniform) for _, format, _ in written):
+            raise ValueError("lapq: correct_means moves zero points, which no weight has; write weights=Uniform(4) or Affine(4), or leave it out.")
         tensors.extend(site for site in self.grids if site not in tensors)  # what products of two values read
         if formats:
             fitted = {site: f for site, f in formats if ("reads", site) in self.grids}

@@ -136,7 +136,16 @@ def test_more_windows_rounding_and_pairs_lose_less():
         assert lost(shifts=5, pairs=pairs, trim=trim) < lost(shifts=3, pairs=pairs, trim=trim) < lost(shifts=2, pairs=pairs, trim=trim)
     for shifts in (2, 3, 5):
         assert lost(shifts=shifts, pairs=False) < lost(shifts=shifts, pairs=False, trim=True)
-        assert lost(shifts=shifts) < lost(shifts=shifts, pairs=False)
+        for trim in (False, True):
+            assert lost(shifts=shifts, trim=trim) < lost(shifts=shifts, trim=trim, pairs=False)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f.trim], ids=str)
+def test_trimmed_codes_in_pairs_lose_no_more_than_alone_whatever_they_are(format):
+    alone = np.abs(ALL - windowed(ALL, format.window, format.shifts, True).astype(int))
+    for beside in (0, 1):
+        pairs = jnp.asarray(np.stack([ALL, np.full_like(ALL, beside)], 1))
+        assert np.all(np.abs(ALL - np.asarray(format.recode(pairs, 1))[:, 0].astype(int)) <= alone)
 
 
 def sparse_weights(elements=16, channels=5):
@@ -177,7 +186,9 @@ def test_what_cannot_be_meant_is_refused(arguments):
         Sparq(**arguments)
 
 
-def test_values_below_zero_are_refused():
+def test_values_whose_least_is_not_zero_are_refused():
     with pytest.raises(ValueError, match="values after a ReLU. Here -0.17 was seen"):
         Sparq(4).fit(jnp.array([[1.0, -0.17]]))
+    with pytest.raises(ValueError, match=r"Here 0.269 was seen as the least,\n.*\n  Write Uniform\(8\) for this name"):
+        Sparq(4).fit(jax.nn.sigmoid(jnp.array([[1.0, -1.0]])))
     assert float(Sparq(4, ranges=MinMax()).fit(jnp.array([[2.55, 0.0]])).scale.squeeze()) == pytest.approx(0.01)

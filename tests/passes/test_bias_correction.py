@@ -7,7 +7,7 @@ import pytest
 
 import brecq_jax
 from brecq_jax import passes, solvers
-from brecq_jax.formats import Affine, Uniform
+from brecq_jax.formats import Affine, RowUniform, Ternary, Uniform
 
 
 def apply(params, x):
@@ -43,6 +43,22 @@ def test_twice_is_once_and_files_keep_it(model, tmp_path):
     np.testing.assert_allclose(twice(x), once(x), rtol=1e-5, atol=1e-5)
     brecq_jax.save(tmp_path / "model", once)
     np.testing.assert_array_equal(brecq_jax.restore(tmp_path / "model", apply)(x), once(x))
+
+
+def test_weights_without_a_zero_point_stay_as_they_are(model):
+    params, x, _ = model
+    params = {**params, "table": jax.random.normal(jax.random.key(3), (7, 8))}
+    read = lambda params, ids: apply(params, params["table"][ids])  # noqa: E731
+    ids = np.arange(16) % 7
+    settings = {"activations": None, "solver": solvers.nearest(), "progress": False}
+    mixed = brecq_jax.quantize(params, read, ids, weights={"table": RowUniform(4), "first": Ternary(), ".*": Uniform(2)}, **settings)
+    corrected = passes.correct_means(params, mixed)
+    np.testing.assert_allclose(corrected.params["second"].decode().mean(0), params["second"].mean(0), atol=1e-5)
+    for name in ("table", "first", "bias"):
+        assert corrected.params[name] is mixed.params[name]
+    nothing = brecq_jax.quantize(params, read, ids, weights={"table": RowUniform(4), ".*": None}, **settings)
+    with pytest.raises(ValueError, match="no weight has a zero point to move; table is in 4 bit.*\n  Quantize with weights=Uniform"):
+        passes.correct_means(params, nothing)
 
 
 def test_params_of_another_model_are_refused(model):

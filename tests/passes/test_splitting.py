@@ -56,6 +56,31 @@ def test_halves_add_up_and_binarized_they_add_up_to_the_ternary_weight(granulari
     np.testing.assert_allclose(signs[1].grid.scale, signs[0].grid.scale, rtol=1e-6)
 
 
+def test_normal_weights_are_split_by_the_constants_that_integrals_give():
+    """b = (α − E|w|) / 2 P(|w| < θ) = 0.45604 σ, α = 1.18416 σ, E|w| = √(2/π) σ, P = 0.42351; and a is ½ where signs are balanced."""
+    rows = 0.05 * np.random.default_rng(0).standard_normal((1, 400_000))
+    format = Ternary()
+    codes = np.asarray(format.encode(jnp.asarray(rows, jnp.float32), format.fit(jnp.asarray(rows, jnp.float32))))
+    first, _ = split_rows(format, rows, codes)
+    below = (codes == 1) & (rows < 0)
+    np.testing.assert_allclose(first[below] / 0.05, 0.45604, rtol=5e-3)
+    np.testing.assert_allclose((first / rows)[codes != 1], 0.5, atol=5e-3)
+
+
+@pytest.mark.parametrize("granularity", REFERENCE)
+def test_after_any_training_step_the_halves_add_up_to_at_most_four_values(granularity):
+    """±α₁ ± α₂, of each row or of the tensor, counted in the weights themselves."""
+    params, quantized = ternary(jax.random.normal(jax.random.key(0), (6, 96)) * 0.05, granularity)
+    halves = passes.split_weights(params, quantized)["kernel"]
+    assert {len(np.unique(row)) for row in np.asarray(quantized.dequantized()["kernel"])} == {3}
+    for step in range(3):
+        halves += 0.02 * jax.random.normal(jax.random.key(step), halves.shape)
+        total = np.asarray(sum(quantize_array(half, Binary(granularity=granularity), (0,)).decode() for half in halves))
+        assert len(np.unique(total)) > 3
+        for row in total if granularity == "per_channel" else [total]:
+            assert len(np.unique(row)) <= 4
+
+
 def test_in_float64_halves_are_exact():
     rows = np.asarray(jax.random.normal(jax.random.key(1), (16, 200)), np.float64)
     levels = (np.sign(rows) * (np.abs(rows) > 0.7 * np.abs(rows).mean(1, keepdims=True))).astype(int)
