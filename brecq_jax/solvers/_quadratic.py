@@ -96,11 +96,6 @@ def _clip(program: Program, value: int, types, constants) -> tuple[float, float]
     return found
 
 
-def linear_op(op: LocalOp, step: Step) -> bool:
-    """Whether `input_rows` can read this op: see `unread`."""
-    return not unread(op, step)
-
-
 def unread(op: LocalOp, step: Step) -> str:
     """Why `input_rows` cannot read this op, "" where it can: the weight enters a product whose layout it knows, perhaps transposed."""
     if op.kind not in ("dense", "conv"):

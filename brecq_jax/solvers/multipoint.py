@@ -79,7 +79,7 @@ def _better(walk: Walk, guess: Quantized, single: frozenset[str], unit: Unit, cu
 
 
 def _readable(q, program, local) -> bool:
-    return q is not None and isinstance(q.format, Multipoint) and _quadratic.linear_op(local, program.steps[local.step][0])
+    return q is not None and isinstance(q.format, Multipoint) and not _quadratic.unread(local, program.steps[local.step][0])
 
 
 def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:
