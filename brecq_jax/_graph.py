@@ -7,7 +7,7 @@ value derived from the inputs. Nothing is registered and no class is known; name
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,8 +127,11 @@ def trace(apply_fn: Callable, params: Any, batch: Any) -> Graph:
     paths, params_tree = jax.tree.flatten_with_path(abstract[0])
     leaves = tuple((name, tuple(leaf.shape)) for name, (_, leaf) in zip(leaf_names(params), paths, strict=True))
     _refuse_train_mode(abstract[0], out_shape)
+    whole, flat = flat, _jaxpr.indexed(flat, len(leaves))
     reader = _Reader(flat, leaves)
-    reader.read()
+    if stay := reader.uneven({flat.slices[i][0] for i in flat.slices.keys() - whole.slices.keys()}):
+        flat = _jaxpr.indexed(whole, len(leaves), stay)
+        reader = _Reader(flat, leaves)
     if not reader.ops:
         raise ValueError(_no_ops_message(reader, leaves))
     ops, products = reader.with_sites()
@@ -190,6 +193,20 @@ class _Reader:
         self.roots: dict[int, frozenset[int]] = {i: frozenset((i,)) for i in params}
         self.data, self.heavy = set(inputs), set()
         self.maker: dict[int, Step] = {}
+        self.read()
+
+    def uneven(self, roots: Collection[int]) -> set[int]:
+        """Those of these parameters of which some slices are no weights, or have their channels elsewhere: one array holds all codes."""
+        slices: dict[int, list[Weight]] = {}
+        for weight in self.weights.values():
+            slices.setdefault(self.flat.inputs[weight.leaf], []).append(weight)
+        found = set()
+        for root in roots:
+            weights = slices.get(root, [])
+            lead = self.flat.types[root].shape[: len(weights[0].index)] if weights else ()
+            if len({w.channel_axes for w in weights}) != 1 or len(weights) != math.prod(lead):
+                found.add(root)
+        return found
 
     def read(self):
         leaf_of = {ident: leaf for ident, (leaf, _) in self.origins.items()}

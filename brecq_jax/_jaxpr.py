@@ -7,7 +7,7 @@ jaxpr, with the same `Var` objects, among all calls of one function (two `relu`s
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -149,14 +149,65 @@ class _Builder:
         return self.inline(jax.make_jaxpr(mapped)(*(self.types[i] for i in operands)), operands)
 
     def index(self, ident: int, i: int) -> int:
-        out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
         root, indices = self.slices.get(ident, (ident, ()))
+        known = next((out for out, where in self.slices.items() if where == (root, (*indices, i))), None)
+        if known is not None:  # of two scans over one leaf
+            return known
+        out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
         self.slices[out] = (root, (*indices, i))
         return out
 
     def traced(self, function: Callable, inputs: Sequence[int]) -> int:
         (out,) = self.inline(jax.make_jaxpr(function)(*(self.types[i] for i in inputs)), list(inputs))
         return out
+
+
+def indexed(flat: Flat, num_params: int, but: Collection[int] = ()) -> Flat:
+    """The program with `W[i]` of a stacked parameter known as its slice, as those of a scan are; equal slices are one value.
+
+    So where everything that reads the parameter takes a slice of it by as many leading indices, each a number, and what is left has two
+    axes or more. `but`: ids of parameters that stay whole.
+    """
+    found = {i: (i, ()) for i in flat.inputs[:num_params] if i not in but}  # id -> (parameter, indices)
+    cut: dict[int, tuple[int, ...]] = {}  # id of a slice whose leading axes are still there, of length 1 -> where it begins
+    depths: dict[int, set[int]] = {}  # parameter -> how many indices what is read of it has
+    for step in flat.steps:
+        for i in found.keys() & step.inputs:
+            (root, index), outs = found[i], step.outputs
+            taken = _leading_indices(step, flat.types[i], cut.get(i))
+            if taken is None:
+                depths.setdefault(root, set()).add(0 if i in cut else len(index))
+            for out, more in zip(outs, taken or (), strict=False):
+                found[out] = root, index if step.primitive == "slice" else (*index, *more)
+                if step.primitive == "slice":
+                    cut[out] = more
+    for i in found.keys() & flat.outputs:
+        depths.setdefault(found[i][0], set()).add(0 if i in cut else len(found[i][1]))
+    slices, first, same = dict(flat.slices), {}, {}
+    for out, (root, index) in found.items():
+        if index and out not in cut and depths.get(root) == {len(index)} and flat.types[out].ndim >= 2:
+            same[out] = first.setdefault((root, index), out)
+            slices[same[out]] = root, index
+    steps = tuple(dataclasses.replace(s, inputs=tuple(same.get(i, i) for i in s.inputs)) for s in flat.steps)
+    return dataclasses.replace(flat, steps=steps, outputs=tuple(same.get(i, i) for i in flat.outputs), slices=slices)
+
+
+def _leading_indices(step: Step, type: jax.ShapeDtypeStruct, cut: tuple[int, ...] | None) -> list[tuple[int, ...]] | None:
+    """The leading indices by which a step takes its outputs from its operand of this type; None if it does something else.
+
+    `cut`: where the operand begins on leading axes that a slice left with length 1. Of a slice: where it begins.
+    """
+    params, shape = step.params, type.shape
+    if step.primitive == "squeeze" and cut and params["dimensions"] == tuple(range(len(cut))):
+        return [cut]
+    if step.primitive == "unstack" and cut is None and params["axis"] == 0:
+        return [(i,) for i in range(shape[0])]
+    if step.primitive == "slice" and cut is None:
+        sides = [stop - start for start, stop in zip(params["start_indices"], params["limit_indices"], strict=True)]
+        depth = next((a for a in range(len(shape)) if sides[a:] == list(shape[a:])), len(shape))
+        if depth and sides[:depth] == [1] * depth:
+            return [tuple(params["start_indices"][:depth])]
+    return None
 
 
 def _distributed(flat: Flat, num_params: int) -> Flat:

@@ -89,11 +89,11 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
         sites.setdefault(read.site, read)
     by_rule_w = _match("weights", weights, list(graph.weights))
     by_rule_a = _match("activations", activations, list(sites))
-    first, last = graph.ops[0], graph.ops[-1]
+    last, (edges, inside) = graph.ops[-1], _edges(graph)
     chosen_w: dict[str, Format | None] = {}
     for name, weight in graph.weights.items():
         format, ruled = by_rule_w[name]
-        if preset and not ruled and name in (first.weight, last.weight) and format is not None:
+        if preset and not ruled and name in edges and format is not None:
             format = _at_edge(format)
         chosen_w[name] = _for_weight(format, weight)
     after_first = _fed_by_first(graph)
@@ -115,7 +115,9 @@ def make_plan(graph: Graph, weights: Rules = Uniform(4), activations: Rules = Un
     _check_slices(graph, chosen_w)
     rows, sizes = [], {}
     for op in graph.ops:
-        rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes))
+        format, ruled = by_rule_w[op.weight]
+        no_edge = bool(preset and not ruled and format is not None and op.weight in inside)
+        rows.append(_row(graph, op, chosen_w[op.weight], chosen_a.get(op.site), sizes, no_edge))
     rows.extend(_factor_row(f, chosen_a[f.site]) for f in graph.factors if chosen_a[f.site] is not None)
     size = sum(sizes.values()) + graph.other_bits
     skipped = graph.skipped + _float_products(graph, chosen_a)
@@ -265,6 +267,14 @@ def _fed_by_first(graph: Graph) -> set[int]:
     return {ident for ident, ops in makers.items() if ops == {0}}
 
 
+def _edges(graph: Graph) -> tuple[set[str], set[str]]:
+    """(the first and the last op's weights; those of them that are a slice of a stack with slices that are neither, which has one format)."""
+    edges = {graph.ops[0].weight, graph.ops[-1].weight}
+    others = {weight.leaf for name, weight in graph.weights.items() if name not in edges}
+    inside = {name for name in edges if graph.weights[name].leaf in others}
+    return edges - inside, inside
+
+
 def _check_slices(graph: Graph, chosen):
     by_leaf: dict[int, set] = {}
     for name, weight in graph.weights.items():
@@ -276,9 +286,11 @@ def _check_slices(graph: Graph, chosen):
             )
 
 
-def _row(graph: Graph, op: Op, format: Format | None, activation: Activation | None, sizes: dict[str, int]) -> tuple[str, ...]:
+def _row(graph: Graph, op: Op, format: Format | None, activation: Activation | None, sizes: dict[str, int], no_edge: bool) -> tuple[str, ...]:
     weight = graph.weights[op.weight]
     remark = []
+    if no_edge:
+        remark.append(f"not the preset's {EDGE_BITS} bits: {graph.leaves[weight.leaf][0]} holds other layers, too, in one format")
     if op.weight in sizes:
         remark.append("shares its weight")
     else:

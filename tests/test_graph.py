@@ -10,6 +10,7 @@ from flax import nnx
 import brecq_jax
 from brecq_jax._blocks import partition
 from brecq_jax._interpret import param_values, run, whole
+from brecq_jax.formats import Uniform
 
 KEY = jax.random.key(0)
 
@@ -291,6 +292,95 @@ def test_linen_scan_is_unrolled_into_slices_of_the_stacked_leaf():
         op.name for op in graph.ops
     ][:2] == ["layers/fc1[0]/kernel", "layers/fc2[0]/kernel"]
     assert [len(b.ops) for b in partition(graph)[0]] == [2, 2, 2, 1]
+
+
+STACK = {"W": jax.random.normal(KEY, (4, 6, 6)) / 3, "out": jax.random.normal(KEY, (6, 3))}
+
+
+def stacked(read):
+    """A net of residual layers whose weights are one leaf: `read(W)` gives them, one by one."""
+
+    def apply_fn(params, x):
+        for w in read(params["W"]):
+            x = x + jax.nn.relu(x @ w)
+        return x @ params["out"]
+
+    return apply_fn
+
+
+def scanned(params, x):
+    return jax.lax.scan(lambda x, w: (x + jax.nn.relu(x @ w), None), x, params["W"])[0] @ params["out"]
+
+
+READ = {
+    "numbers": lambda w: [w[i] for i in range(4)],
+    "from the end": lambda w: [w[i] for i in (-4, -3, -2, -1)],
+    "iteration": list,
+    "unstack": jnp.unstack,
+    "one by one": lambda w: [w[i][:, :] for i in range(4)],
+}
+
+
+@pytest.mark.parametrize("read", READ)
+def test_a_stacked_leaf_that_a_loop_indexes_is_read_as_a_scan_reads_it(read):
+    graph = brecq_jax.trace(stacked(READ[read]), STACK, jnp.ones((2, 6)))
+    scan = brecq_jax.trace(scanned, STACK, jnp.ones((2, 6)))
+    assert graph.weights == scan.weights and [op.name for op in graph.ops] == [op.name for op in scan.ops] == ["W[0]", "W[1]", "W[2]", "W[3]", "out"]
+    x = jax.random.normal(KEY, (2, 6))
+    np.testing.assert_array_equal(interpret(graph, STACK, x), jax.jit(stacked(READ[read]))(STACK, x))
+
+
+def test_two_leading_axes_are_indexed_at_once_and_one_after_the_other():
+    params = {"W": jax.random.normal(KEY, (2, 3, 6, 6))}
+
+    def apply_fn(params, x):
+        for i in range(2):
+            for j in range(3):
+                x = x @ (params["W"][i, j] if i else params["W"][i][j])
+        return x
+
+    graph = brecq_jax.trace(apply_fn, params, jnp.ones((2, 6)))
+    assert [op.name for op in graph.ops] == [f"W[{i}][{j}]" for i in range(2) for j in range(3)]
+    x = jax.random.normal(KEY, (2, 6))
+    np.testing.assert_array_equal(interpret(graph, params, x), jax.jit(apply_fn)(params, x))
+
+
+@pytest.mark.parametrize(
+    "read",
+    {
+        "one is not read": lambda w: [w[0], w[1], w[2]],
+        "one has its channels on another axis": lambda w: [w[0], w[1].T, w[2], w[3]],
+        "the whole is read, too": lambda w: [w[0], w[1], w[2], w[3] * w.mean()],
+        "at two depths": lambda w: [w[0], w[1], w[2], w[3][0] * jnp.eye(6)],
+        "one is no weight": lambda w: [w[0], w[1], w[2] * 0 + w[3]],
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_leaf_whose_slices_are_not_all_alike_stays_one_weight(read):
+    apply_fn = stacked(read[1])
+    graph = brecq_jax.trace(apply_fn, STACK, jnp.ones((2, 6)))
+    assert set(graph.weights) <= {"W", "out"}
+    x = jax.random.normal(KEY, (2, 6))
+    np.testing.assert_array_equal(interpret(graph, STACK, x), jax.jit(apply_fn)(STACK, x))
+
+
+def test_a_slice_that_is_read_twice_is_one_weight_with_two_ops():
+    for apply_fn in (stacked(lambda w: [w[0], w[1], w[2], w[3], w[0]]), lambda p, x: scanned(p, scanned(p, x) @ jnp.ones((3, 6)))):
+        graph = brecq_jax.trace(apply_fn, STACK, jnp.ones((2, 6)))
+        assert sum(op.weight == "W[0]" for op in graph.ops) == 2
+        block = whole(graph)
+        assert len({op.weight for op in block.program.ops if op.kind == "dense"}) == len(graph.weights)
+        assert len(block.params) == len(graph.weights)
+        x = jax.random.normal(KEY, (2, 6))
+        np.testing.assert_array_equal(interpret(graph, STACK, x), jax.jit(apply_fn)(STACK, x))
+
+
+@pytest.mark.parametrize("preset", ["brecq", "uniform"])
+def test_a_stack_has_the_stated_bits_where_one_of_its_slices_is_the_first_layer(preset):
+    graph = brecq_jax.trace(scanned, STACK, jnp.ones((2, 6)))
+    plan = brecq_jax.make_plan(graph, Uniform(4), Uniform(4), preset=preset)
+    assert {name: format.bits for name, format in plan.weights.items()} == {"W[0]": 4, "W[1]": 4, "W[2]": 4, "W[3]": 4, "out": 8}
+    assert "not the preset's 8 bits" in plan.rows[0][-1] and not any("preset" in row[-1] for row in plan.rows[1:])
 
 
 def test_two_uses_of_one_layer_are_two_ops_of_one_weight():
