@@ -6,12 +6,13 @@
 
 from brecq_jax import formats, mixed_precision, models, passes, report, solvers
 from brecq_jax._experiment import Experiment
-from brecq_jax._graph import Graph, trace
+from brecq_jax._graph import Graph
 from brecq_jax._model import Quantized
 from brecq_jax._nnx import from_nnx
 from brecq_jax._plan import Plan, make_plan
 from brecq_jax._qarray import QArray
 from brecq_jax._quantize import quantize
+from brecq_jax._trace import trace
 from brecq_jax.deploy import export, restore, save
 from brecq_jax.mixed_precision import search
 

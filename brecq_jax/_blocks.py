@@ -55,7 +55,7 @@ def partition(graph: Graph, blocks: str | Sequence[str] = "block") -> tuple[tupl
 
 class _Cutter:
     def __init__(self, graph: Graph):
-        self.graph, self.notes = graph, []
+        self.graph, self.notes = graph, _mixing(graph)
         steps = graph.flat.steps
         self.outputs = tuple(i for i in graph.flat.outputs if i in graph.by_example)
         self.needed = needed_steps(graph, self.outputs)
@@ -229,6 +229,26 @@ class _Cutter:
             return "/".join(common)
         ends = ["/".join(p) or self.graph.ops[i].weight for p, i in ((paths[0], group[0]), (paths[-1], group[-1]))]
         return ends[0] if len(group) == 1 else f"{ends[0]}..{ends[1]}"
+
+
+def _mixing(graph: Graph) -> list[str]:
+    """A note where what one example gives depends on the others of its batch, if it is seen.
+
+    What is made of examples and has one shape for all batches, or is made of such values alone, meets an example again.
+    """
+    types, larger = graph.flat.types, graph.at_twice
+    common = {i for i in graph.data if larger and types[i].shape == larger[i].shape and jnp.issubdtype(types[i].dtype, jnp.floating)}
+    for t, step in enumerate(graph.flat.steps):
+        own = graph.data.intersection(step.inputs) - common
+        if common.intersection(step.inputs) and not own:
+            common.update(step.outputs)
+        elif common.intersection(step.inputs) and graph.by_example.intersection(own) and graph.by_example.intersection(step.outputs):
+            before = [op.name for op in graph.ops if op.step < t]
+            return [
+                f"examples of a batch are not independent: a {step.primitive} {f'after {before[-1]}' if before else 'of the inputs'} joins each with "
+                "what all of them made, as BatchNorm does in train mode. Write apply_fn in inference mode, or what is measured depends on the batch"
+            ]
+    return []
 
 
 def _unmatched(what: str, pattern: str, names: list[str]) -> str:

@@ -13,6 +13,7 @@ from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
+from brecq_jax._jaxpr import suspects
 from brecq_jax._memory import CHUNK, GB, PASS, STREAM, OnDisk, at_once, empty, values_bytes
 from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
@@ -140,6 +141,9 @@ def fisher(
     (https://arxiv.org/abs/1905.12558), eq. 3 against eq. 5.
 
     Returns: for each block, {position of the output: array of shape (examples, *output)}.
+
+    Raises:
+      ValueError: the program has other blocks at batch size 1, or a part that JAX has no gradient of.
     """
     graph = problem.graph(1)
     single = problem.units(1)
@@ -153,6 +157,14 @@ def fisher(
     totals: dict[tuple[int, int], float] = {}
     dtype = jnp.bfloat16 if problem.bfloat16_caches else np.float32
     chunk = min(chunk, problem.count)
+    if doubtful := [name for step in graph.flat.steps for name in suspects(step)]:
+        try:
+            jax.eval_shape(gradients, leaves, [a[:chunk][:, None] for a in inputs], keys[:chunk])
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise ValueError(
+                f"Fisher weights are gradients through the whole net, and JAX has none of its {doubtful[0]}. Write an error that takes none: "
+                "solvers.annealed(), or error=solvers.squared_error."
+            ) from error
     for start in range(0, problem.count, chunk):
         rows = np.minimum(np.arange(start, start + chunk), problem.count - 1)
         stop = min(start + chunk, problem.count)

@@ -7,7 +7,7 @@ jaxpr, with the same `Var` objects, among all calls of one function (two `relu`s
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ WEIGHTED = ("dot_general", "conv_general_dilated", "gather")
 WHOLE = ("ragged_dot_general",)  # products that are not quantized
 INLINED = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 CUSTOM = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+NO_GRADIENT = ("while", "pure_callback", "io_callback", "pallas_call", "ffi_call")  # where JAX may have none, backwards
 # Values keep all their elements, only shape, order or dtype change.
 STRUCTURAL = ("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "copy", "rev")
 MOVING = (*STRUCTURAL, "slice", "split")  # every element is one that was there
@@ -74,6 +75,12 @@ def flatten(function: Callable, params: Any, batch: Any) -> tuple[Flat, Any]:
 def weighted_inside(step: Step) -> bool:
     """Whether a step that is kept whole (a `while`, a `cond`, …) holds a dot, convolution or lookup."""
     return step.primitive in WHOLE or any(_contains_weighted(body) for body in _bodies(step.params))
+
+
+def suspects(step: Step) -> list[str]:
+    """Primitives of a step, and inside it, that JAX may have no gradient of."""
+    inside = (eqn.primitive.name for body in _bodies(step.params) for eqn in _equations(body))
+    return [name for name in (step.primitive, *inside) if name in NO_GRADIENT]
 
 
 class _Builder:
@@ -268,13 +275,16 @@ def _bodies(params) -> list[jex.ClosedJaxpr]:
     return found
 
 
+def _equations(closed: jex.ClosedJaxpr) -> Iterator:
+    """Equations, and those inside them."""
+    for eqn in closed.jaxpr.eqns:
+        yield eqn
+        for body in _bodies(eqn.params):
+            yield from _equations(body)
+
+
 def _contains_weighted(closed: jex.ClosedJaxpr | None) -> bool:
-    if closed is None:
-        return False
-    return any(
-        eqn.primitive.name in WEIGHTED or any(_contains_weighted(b) for b in _bodies(eqn.params))
-        for eqn in closed.jaxpr.eqns
-    )
+    return closed is not None and any(eqn.primitive.name in WEIGHTED for eqn in _equations(closed))
 
 
 def _signature(eqn) -> str:

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 
 from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
-from brecq_jax._graph import Graph, Weight, trace
+from brecq_jax._graph import Graph, Weight
 from brecq_jax._interpret import Block, contraction_axis, param_values, run, token_axes, whole
 from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._journal import Journal
 from brecq_jax._plan import Activation, Plan
 from brecq_jax._qarray import QArray, is_qarray
+from brecq_jax._trace import trace
 from brecq_jax.formats import Grid, PerToken, Sparq, activation_grid, fake_quantize
 
 

@@ -92,7 +92,7 @@ def quantize(
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
     solver, graph = solver or DEFAULT_SOLVER, _read(problem)
     plan = make_plan(graph, weights, activations, preset)
-    notes = [*partition(graph, blocks)[1], *_idle(solver, data_mesh(mesh))]
+    notes = [*partition(graph, blocks)[1], *_idle(solver, data_mesh(mesh)), *_constant(examples.arrays)]
     if progress:
         print(plan, *notes, sep="\n")
     sites = tuple((name, f) for name, f in plan.activations.items() if f is not None)
@@ -158,10 +158,17 @@ def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:
     return (f"mesh: solvers.{name} works on one device; the others are idle (docs/pods.md)",) if idle else ()
 
 
+def _constant(inputs: Any) -> tuple[str, ...]:
+    """A note where the calibration inputs tell nothing."""
+    arrays = [a for a in jax.tree.leaves(inputs) if a.size]
+    same = arrays and all((a == a[(0,) * a.ndim]).all() for a in arrays)
+    return (f"calib_ds: all values are {arrays[0].flat[0]}. Ranges and codes will be of no use on other inputs",) if same else ()
+
+
 def _read(problem: Problem) -> Graph:
     """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
     try:
-        return problem.graph(min(problem.count, 32))
+        graph = problem.graph(min(problem.count, 32))
     except Exception as error:  # apply_fn is the user's, and may raise anything
         shapes = str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape[1:])}", problem.inputs)).replace("'", "")
         several = (
@@ -170,6 +177,14 @@ def _read(problem: Problem) -> Graph:
         )
         hint = several if type(error) is TypeError else ""
         raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}{hint}") from error
+    outputs, larger = graph.heavy.intersection(graph.flat.outputs), graph.at_twice
+    if outputs and larger and all(graph.flat.types[i].shape == larger[i].shape for i in outputs):
+        shapes = ", ".join(sorted({str(graph.flat.types[i].shape) for i in outputs}))
+        raise ValueError(
+            f"apply_fn's outputs have the shape {shapes} for every number of examples. If calib_ds is a list of single inputs, write np.stack(them): "
+            "what it lists are batches. If apply_fn returns a mean over the batch, let it return what each example gives."
+        )
+    return graph
 
 
 def _made_of(problem: Problem, solver: Solver, key: jax.Array) -> dict[str, str]:

@@ -26,6 +26,7 @@ FLOORS = [
     {"_jaxpr", "formats", "data", "report", "models", "_journal", "_progress", "_sharding", "_nnx"},
     {"_products"},
     {"_graph", "_qarray"},
+    {"_trace"},
     {"_interpret"},
     {"_blocks", "_plan", "_fast_ops", "_memory"},
     {"_model"},

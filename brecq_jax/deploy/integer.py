@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from brecq_jax._fast_ops import fast_op
-from brecq_jax._graph import Op, Weight, trace
+from brecq_jax._graph import Op, Weight
 from brecq_jax._interpret import param_values, run, whole
 from brecq_jax._jaxpr import Step
 from brecq_jax._model import Program, Quantized, quantize_hooks, slice_qarray
 from brecq_jax._qarray import QArray, is_qarray
+from brecq_jax._trace import trace
 from brecq_jax.deploy import _integer_ops
 from brecq_jax.deploy._lowering import (
     Reading, Taken, clip_bounds, encode, integer_terms, left_over, op_constants, rewrite, why_float,

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brecq_jax._graph import Graph, Op, trace
+from brecq_jax._graph import Graph, Op
 from brecq_jax._interpret import Block, make_block, needed_steps, run
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import make_plan
 from brecq_jax._progress import bar
+from brecq_jax._trace import trace
 from brecq_jax.deploy import to_integer
 from brecq_jax.formats import MinMax, Uniform
 from brecq_jax.mixed_precision.costs import FLOAT_BITS, batch_size

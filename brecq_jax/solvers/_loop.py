@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from brecq_jax._calibrate import run_local
 from brecq_jax._fast_ops import bfloat16_op, fast_op
 from brecq_jax._interpret import Block, Program, run
+from brecq_jax._jaxpr import suspects
 from brecq_jax._model import dropped
 from brecq_jax._qarray import from_rows
 from brecq_jax._sharding import everywhere, here, over_examples, spread
@@ -20,6 +21,10 @@ from brecq_jax._sharding import everywhere, here, over_examples, spread
 CHUNK = 100  # steps between looks at the progress bar, where the loop runs on the device
 # The same with several devices that are threads of one CPU: more steps in flight leave no thread to the one that the others wait for.
 SHARED_CPU_CHUNK = 10
+
+
+class NoGradient(ValueError):
+    """The name of a primitive that JAX has no gradient of."""
 
 
 class Batch(NamedTuple):
@@ -72,6 +77,9 @@ def loop(
 
     `data`: all examples, on the devices; or a function that makes the batch of some of them. What is yielded is gone when the next is
     asked for: its buffers are used again.
+
+    Raises:
+      NoGradient: JAX has none of what the program computes.
     """
     mesh, on_cpu = static.mesh, jax.default_backend() == "cpu"
     chunk = SHARED_CPU_CHUNK if mesh and on_cpu else CHUNK
@@ -79,6 +87,12 @@ def loop(
     order = batches(static.steps, static.count, static.batch_size, key_order)
     variables, fixed, key = everywhere(mesh, (variables, fixed, key))
     state = (variables, everywhere(mesh, _started(static, variables)))
+    if doubtful := [name for step, _, _ in static.program.steps for name in suspects(step)]:
+        batch = data(order[0]) if callable(data) else jax.tree.map(lambda a: a[order[0]], data)
+        try:
+            jax.eval_shape(functools.partial(_one_update, static), state, fixed, batch, key, 0)
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise NoGradient(doubtful[0]) from error
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
     done = 0
     for stop in stops:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -188,7 +189,9 @@ class Walk:
             (found, grids), infos = kept
             return current.with_weights(found, self.graph).with_activations(grids), infos
         error, infos = self.judge(unit, current), []
-        for stage in stages:
+        if not math.isfinite(error):
+            self.problem.note(f"{name} is not learned: its error is {error}. Its values are not all finite; where a mask is −inf, write a finite one")
+        for stage in stages if math.isfinite(error) else ():
             start = time.perf_counter()
             better = stage.better(unit, current)
             after = self.judge(unit, better) if better is not current else error

@@ -45,7 +45,9 @@ def fit_activations(problem: Problem, guess: Quantized, leaves: list[jax.Array] 
     samples = observe(problem, leaves, tuple(formats))
     for name, sample in samples.items():
         if not np.isfinite(sample.values).all():
-            raise ValueError(f"activations: {name} is not finite on the calibration inputs. Check params and inputs.")
+            raise ValueError(
+                f"activations: {name} is not finite on the calibration inputs. Check params and inputs; where a mask is −inf, write a finite one."
+            )
     return guess.with_activations({n: _fitted(n, format, samples[n]) for n, format in formats.items()})
 
 

@@ -15,7 +15,7 @@ from brecq_jax._interpret import param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import float_rows
 from brecq_jax._sharding import AXIS, spread
-from brecq_jax.solvers._loop import Batch, Static, Tail, loop, own_variables
+from brecq_jax.solvers._loop import Batch, NoGradient, Static, Tail, loop, own_variables
 from brecq_jax.solvers._roundings import RectifiedSigmoid, Rounding
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk, fisher_error
@@ -166,12 +166,18 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
     data = _data(settings, walk, unit, tail)
     show = functools.partial(walk.problem.show, total=steps, text=block.name)
     best, least, waited = current, math.inf, 0
-    for found in loop(static, variables, arguments, data, jax.random.fold_in(key, unit.number), show):
-        candidate = model(found)
-        error = walk.judge(unit, candidate)
-        best, least, waited = (candidate, error, 0) if error < least else (best, least, waited + 1)
-        if waited >= settings.patience:
-            break
+    try:
+        for found in loop(static, variables, arguments, data, jax.random.fold_in(key, unit.number), show):
+            if not all(jnp.isfinite(v).all() for v in jax.tree.leaves(found)):
+                walk.problem.note(f"{block.name} is not learned: its gradients are not finite. Where a mask is −inf, write a finite one")
+                break
+            candidate = model(found)
+            error = walk.judge(unit, candidate)
+            best, least, waited = (candidate, error, 0) if error < least else (best, least, waited + 1)
+            if waited >= settings.patience:
+                break
+    except NoGradient as error:
+        walk.problem.note(f"{block.name} is not learned: JAX has no gradient of its {error}. solvers.second_order() needs none")
     return best
 
 

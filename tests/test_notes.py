@@ -1,0 +1,130 @@
+"""What a run cannot do with a model is told: in the report's notes, or by an error before any work."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import brecq_jax
+from brecq_jax import solvers
+from brecq_jax.formats import Uniform
+
+DRAW = np.random.default_rng(0)
+X = DRAW.normal(size=(64, 8)).astype(np.float32)
+PARAMS = {name: jnp.asarray(DRAW.normal(size=shape) / 3, jnp.float32) for name, shape in {"a": (8, 16), "b": (16, 16), "c": (16, 3)}.items()}
+LEARN = solvers.annealed(num_steps=20)
+
+
+def quantized(apply_fn, params=PARAMS, inputs=X, **settings):
+    settings = {"weights": Uniform(3), "activations": None, "solver": LEARN, "progress": False, "blocks": "layer", **settings}
+    return brecq_jax.quantize(params, apply_fn, inputs, **settings)
+
+
+def net(between):
+    return lambda p, x: jax.nn.relu(between(jax.nn.relu(x @ p["a"]) @ p["b"])) @ p["c"]
+
+
+def shrunk(h):
+    return jax.lax.while_loop(lambda c: jnp.abs(c).max() > 1, lambda c: c * 0.9, h)
+
+
+def called_back(h):
+    return jax.pure_callback(lambda a: np.asarray(a) * 1, jax.ShapeDtypeStruct(h.shape, h.dtype), h, vmap_method="expand_dims")
+
+
+@pytest.mark.parametrize("between, primitive", [(shrunk, "while"), (called_back, "pure_callback")])
+def test_a_block_without_a_gradient_keeps_its_guess_and_is_named(between, primitive):
+    found, guess = quantized(net(between)), quantized(net(between), solver=solvers.nearest())
+    (note,) = [n for n in found.report.notes if "no gradient" in n]
+    assert note.startswith("b is not learned") and primitive in note
+    np.testing.assert_array_equal(found.params["b"].codes, guess.params["b"].codes)
+    assert not found.report.blocks[1].kept and found.report.blocks[2].kept
+    assert not any("gradient" in n for n in quantized(net(lambda h: h)).report.notes)
+
+
+def test_a_while_loop_that_no_gradient_passes_stops_nothing():
+    def apply_fn(p, x):
+        return net(lambda h: h)(p, jax.lax.stop_gradient(shrunk(x)))
+
+    report = quantized(apply_fn).report
+    assert not any("gradient" in n for n in report.notes) and any(b.kept for b in report.blocks)
+
+
+def test_fisher_weights_that_have_no_gradient_are_refused_with_what_to_write():
+    with pytest.raises(ValueError, match="none of its while.*annealed"):
+        quantized(net(shrunk), solver=solvers.brecq(num_steps=5))
+
+
+def masked(value):
+    def apply_fn(p, x):
+        h = x @ p["a"]
+        scores = jnp.where(jnp.arange(16) < (x[:, :1] > 0) * 16, h, value)  # every score of half of the examples
+        weights = jax.nn.softmax(scores, -1)
+        return jnp.where(x[:, :1] > 0, weights @ p["b"], 0) @ p["c"]
+
+    return apply_fn
+
+
+def test_gradients_that_are_not_finite_are_told():
+    notes = quantized(masked(-jnp.inf), blocks="net").report.notes
+    assert any("gradients are not finite" in n and "mask" in n for n in notes)
+    assert not any("finite" in n for n in quantized(masked(-1e9), blocks="net").report.notes)
+
+
+def test_an_error_that_is_not_finite_is_told():
+    report = quantized(lambda p, x: jnp.log(net(lambda h: h)(p, x) * 0 - 1)).report
+    assert any("its error is nan" in n for n in report.notes)
+
+
+class Normalised(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x))
+        return nn.Dense(3)(nn.relu(x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_train_mode_whose_statistics_are_dropped_is_noted(train):
+    model = Normalised()
+    variables = model.init(jax.random.key(0), X, train=False)
+
+    def apply_fn(variables, x):
+        return model.apply(variables, x, train=train, mutable=["batch_stats"])[0]
+
+    notes = quantized(apply_fn, variables, solver=solvers.nearest()).report.notes
+    assert any("not independent" in n and "after Dense_0/kernel" in n for n in notes) == train
+
+
+@pytest.mark.parametrize(
+    "mix",
+    {
+        "a mean that is broadcast": lambda h: h - jnp.broadcast_to(h.mean(0), h.shape),
+        "a scalar": lambda h: h / jnp.abs(h).max(),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_what_all_examples_made_is_seen_where_it_meets_one(mix):
+    assert any("not independent" in n for n in quantized(net(mix[1]), solver=solvers.nearest()).report.notes)
+
+
+def test_independent_examples_are_not_suspected():
+    def apply_fn(p, x):
+        h = net(lambda h: h / jnp.sqrt(jnp.square(h).mean(-1, keepdims=True) + 1))(p, x)
+        return {"out": h, "batch_mean": h.mean(0)}  # what all made, and no example meets
+
+    assert not any("not independent" in n for n in quantized(apply_fn).report.notes)
+
+
+def test_a_list_of_single_images_is_refused():
+    model = nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, lambda h: h.mean((-3, -2)), nn.Dense(3)])
+    images = DRAW.normal(size=(16, 8, 8, 3)).astype(np.float32)
+    variables = model.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match=r"the shape \(3,\) for every number of examples.*np.stack"):
+        quantized(model.apply, variables, list(images))
+    quantized(model.apply, variables, np.stack(list(images)), solver=solvers.nearest())
+
+
+def test_inputs_that_tell_nothing_are_noted():
+    assert any("all values are 0.0" in n for n in quantized(net(lambda h: h), inputs=np.zeros_like(X), solver=solvers.nearest()).report.notes)
+    assert quantized(net(lambda h: h), solver=solvers.nearest()).report.notes == ()
