@@ -66,6 +66,21 @@ def test_every_channel_meets_the_output_error_or_has_all_points(quantized):
     assert 1 < np.mean(means) < FORMAT.points
 
 
+def test_every_example_that_is_learned_from_counts():
+    """Of 40 examples 35 are learned from, 32 at a time: the last three are the only ones that reach some inputs."""
+    draw = np.random.default_rng(2)
+    x = draw.standard_normal((40, 3, 12)).astype(np.float32)
+    rows = np.array([n for n in range(40) if n % 8 != 7])
+    x[:, :, 6:] = 0
+    x[rows[32:], :, 6:] = 30 * draw.standard_normal((3, 3, 6))
+    weight = jnp.asarray(draw.standard_normal((12, 8)) * np.where(np.arange(12) < 6, 1, 0.1)[:, None], jnp.float32)
+    found = quantize(lambda p, x: x @ p["w"], {"w": weight}, x).dequantized()["w"]
+    energy, lost = (jnp.sum(jnp.square(x[rows] @ w), (0, 1)) for w in (weight, weight - found))
+    counts = FORMAT.counts(quantize(lambda p, x: x @ p["w"], {"w": weight}, x).params["w"].grid)
+    assert np.all((np.sqrt(lost / energy) <= FORMAT.tolerance * 1.001) | (counts == FORMAT.points))
+    assert np.sum(counts < FORMAT.points) >= 1
+
+
 def test_without_a_tolerance_to_meet_every_channel_is_plain():
     format = dataclasses.replace(FORMAT, tolerance=math.inf)
     found = quantize(weights=format)

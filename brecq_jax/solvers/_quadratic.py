@@ -214,16 +214,21 @@ def statistics(
     x, t = input_rows(op, step, seen["operands"], every).astype(jnp.float32), t[:, ::every].astype(jnp.float32)
     count = x.shape[1]
     if counted is not None:
-        examples = jnp.broadcast_to(counted.reshape(-1, *(1 for _ in target.shape[1:])), target.shape)
-        kept = output_rows(op, step, seen["operands"], examples)[:, ::every, 0]  # a row is one example's in all channels
+        kept = _kept_rows(op, step, seen["operands"], output.shape, counted)[:, ::every]
         x, count = x * kept[..., None], kept[0].sum()
     cross = jnp.einsum("gro,grk->gok", t, x)
     return jnp.einsum("grk,grl->gkl", x, x), cross.reshape(-1, x.shape[-1]), count
 
 
+def _kept_rows(op: LocalOp, step: Step, operands: list, shape: tuple[int, ...], counted: Float[Array, " batch"]) -> Float[Array, "groups rows"]:
+    """0 or 1 for each output row: that of the example whose it is, in all channels."""
+    examples = jnp.broadcast_to(counted.reshape(-1, *(1 for _ in shape[1:])), shape)
+    return output_rows(op, step, operands, examples)[..., 0]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def gram(program: Program, number: int, keep: int, inputs, params, constants) -> Float[Array, "groups elements elements"]:
-    """xᵀx of op `number` over about `keep` of a batch's output rows, activations float."""
+def gram(program: Program, number: int, keep: int, inputs, params, constants, counted=None) -> Float[Array, "groups elements elements"]:
+    """xᵀx of op `number` over about `keep` of a batch's output rows, activations float. `counted`: as for `statistics`."""
     op = program.ops[number]
     step, ids, outs = program.steps[op.step]
     part = dataclasses.replace(program, steps=program.steps[: op.step + 1], outputs=outs)
@@ -231,11 +236,14 @@ def gram(program: Program, number: int, keep: int, inputs, params, constants) ->
 
     def on_op(n, s, operands):
         if n == number:
-            seen["x"] = input_rows(op, s, operands).astype(jnp.float32)
+            seen["operands"] = operands
         return fast_op(n, s, operands)
 
-    run(part, inputs, params, constants, on_op=on_op)
-    x = seen["x"][:, :: _stride(seen["x"].shape[1], keep)]
+    (output,) = run(part, inputs, params, constants, on_op=on_op)
+    every = _stride(output_rows(op, step, seen["operands"], output).shape[1], keep)
+    x = input_rows(op, step, seen["operands"], every).astype(jnp.float32)
+    if counted is not None:
+        x = x * _kept_rows(op, step, seen["operands"], output.shape, counted)[:, ::every, None]
     return jnp.einsum("grk,grl->gkl", x, x)
 
 

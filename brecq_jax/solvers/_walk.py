@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from brecq_jax._calibrate import Hooks, fisher, learned_outputs
+from brecq_jax._graph import Op
 from brecq_jax._interpret import Block, param_values, whole
 from brecq_jax._memory import STREAM, OnDisk, plan_caches
 from brecq_jax._model import Problem, Quantized
@@ -122,6 +123,16 @@ class Walk:
         """Whether a weight has neighbours to choose between: formats of whole rows keep their nearest points."""
         q = model.weight(self.graph.weights[name])
         return q is not None and isinstance(q.format, ScalarFormat)
+
+    def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(examples, 1 for each that counts): each that is learned from counts once; the last batch is filled up with the first examples."""
+        size, count = self.rough.batch_size, len(self.train)
+        places = [np.arange(start, start + size) for start in range(0, count, size)]
+        return [(self.train[at % count], (at < count).astype(np.float32)) for at in places]
+
+    def masked(self, op: Op) -> bool:
+        """Whether an op's output says which examples of `batches` count. Where they are not on its axis 0, those that fill up count twice."""
+        return bool(len(self.train) % self.rough.batch_size) and self.graph.flat.steps[op.step].outputs[0] in self.graph.by_example
 
     def judge(self, unit: Unit, model: Quantized) -> float:
         """The unit's error with this model, on the examples that judge."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brecq_jax._interpret import Block, param_values
+from brecq_jax._interpret import Block, LocalOp, Program, param_values
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, float_rows, from_rows, quantize_array
 from brecq_jax.formats import Multipoint
@@ -78,24 +78,25 @@ def _better(walk: Walk, guess: Quantized, single: frozenset[str], unit: Unit, cu
     return current.with_weights({name: guess.weight(walk.graph.weights[name]) for name in names}, walk.graph)
 
 
-def _readable(q, program, local) -> bool:
-    return q is not None and isinstance(q.format, Multipoint) and not _quadratic.unread(local, program.steps[local.step][0])
+def _readable(q: QArray | None, program: Program, local: LocalOp) -> bool:
+    step = program.steps[local.step][0]
+    planned = q is not None and isinstance(q.format, Multipoint)
+    return planned and not _quadratic.unread(local, step) and _quadratic.row_axes(local, step) == q.channel_axes
 
 
 def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, found = current.values(walk.graph, block), {}
-    size = walk.rough.batch_size
-    starts = range(0, len(walk.train) - size + 1, size)
+    batches = walk.batches()
     for number, (op, local) in enumerate(zip(block.ops, block.program.ops, strict=True)):
         q = current.weight(walk.graph.weights[op.weight])
         if op.weight not in unit.weights or op.weight in found or not _readable(q, block.program, local):
             continue
-        batches = (walk.rough.inputs(block, walk.train[start : start + size]) for start in starts)
-        keep = -(-ROWS // len(starts))
-        grams = [_quadratic.gram(block.program, number, keep, batch, params, list(block.constants)) for batch in batches]
-        rows = float_rows(floats[local.weight], q.channel_axes)
-        codes, grid = _fit(q.format, rows, sum(grams) / len(grams))
+        keep, masked, total = -(-ROWS // len(batches)), walk.masked(op), 0.0
+        for rows, counts in batches:
+            inputs = walk.rough.inputs(block, rows)
+            total += _quadratic.gram(block.program, number, keep, inputs, params, list(block.constants), counts if masked else None)
+        codes, grid = _fit(q.format, float_rows(floats[local.weight], q.channel_axes), total)
         found[op.weight] = dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes), grid=grid)
         params[local.weight] = found[op.weight].decode()
     return current.with_weights(found, walk.graph)

@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from brecq_jax._calibrate import learned_outputs
 from brecq_jax._graph import Op
@@ -70,17 +69,10 @@ def _unread(walk: Walk, model: Quantized, op: Op, local: LocalOp, block: Block) 
     return "" if _quadratic.row_axes(local, step) == q.channel_axes else "its channels are those of another op that reads it"
 
 
-def _batches(walk: Walk) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(examples, 1 for each that counts): each that is learned from counts once; the last batch is filled up with the first examples."""
-    size, count = walk.rough.batch_size, len(walk.train)
-    places = [np.arange(start, start + size) for start in range(0, count, size)]
-    return [(walk.train[at % count], (at < count).astype(np.float32)) for at in places]
-
-
 def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, learned = current.values(walk.graph, block), {}
-    batches, ragged = _batches(walk), bool(len(walk.train) % walk.rough.batch_size)
+    batches = walk.batches()
     inputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (walk.graph.flat.types[i] for i in block.ins)]
     types = _quadratic.program_types(block.program, inputs, params, block.constants)
     hooks = walk.hooks(current)
@@ -91,8 +83,7 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
         q = current.weight(walk.graph.weights[op.weight])
         to = _quadratic.reach(block.program, number, types, block.constants)
         keep = -(-settings.rows // len(batches))
-        # where examples are not on axis 0 of the output, those that fill up the last batch count twice
-        masked = ragged and walk.graph.flat.steps[op.step].outputs[0] in walk.graph.by_example
+        masked = walk.masked(op)
         weight = float_rows(floats[local.weight], q.channel_axes)
         found, grid = _decoded(q), q.grid
         for _ in range(settings.rounds):
