@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ STEP, PASS = 5.5, 3.0
 PASS_SHARE = 1 / 4  # of the budget, for one pass of a stream
 # Values are computed again where that is at most so many times the work of the block that reads them; else they go to a file. A guess.
 RECOMPUTED = 16
+OWN_PAGES = 2**25  # bytes
 WORDS = {"memory": "on the host", "disk": "in a file", "recomputed": "computed again"}
 
 
@@ -46,8 +48,11 @@ class OnDisk:
 
 
 def empty(shape: tuple[int, ...], dtype, on_disk: bool) -> np.ndarray | OnDisk:
-    """An array for cached values."""
-    return OnDisk(shape, dtype) if on_disk else np.empty(shape, dtype)
+    """An array for cached values. A large one has pages of its own, which go when it does: malloc may keep them, or have no hole for the next."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if on_disk:
+        return OnDisk(shape, dtype)
+    return np.empty(shape, dtype) if size < OWN_PAGES else np.ndarray(shape, dtype, mmap.mmap(-1, size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,12 @@ def _per_example(squares):
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _errors(error: Callable, output, target, importance):
+    """`error`, compiled: what it makes on its way is not held."""
+    return error(output, target, importance)
+
+
 WEIGHTED = (fisher_error, position_error)  # errors that take the Fisher weights
 TINY = 1e-12  # energy of a target that is zero everywhere
 
@@ -137,13 +143,14 @@ class Walk:
     def judge(self, unit: Unit, model: Quantized) -> float:
         """The unit's error with this model, on the examples that judge."""
         params, hooks = model.values(self.graph, unit.block), self.hooks(model)
-        at_once = len(self.held_out) if unit.targets else self.rough.batch_size
+        # within a budget by batches: all outputs at once would take more than a step
+        at_once = len(self.held_out) if unit.targets and self.problem.memory_budget_gb is None else self.rough.batch_size
         total = 0.0
         for start in range(0, len(self.held_out), at_once):
             rows = self.held_out[start : start + at_once]
             outputs, targets = self.rough.outputs(unit.block, params, hooks, rows), self.targets(unit, rows)
             for position, importance in self.importances(unit, rows).items():
-                errors = self.error(outputs[position], targets[position], importance)
+                errors = _errors(self.error, outputs[position], targets[position], importance)
                 total += float(np.sum(np.asarray(errors))) / len(self.held_out)
         return total
 
@@ -152,7 +159,7 @@ class Walk:
         if unit.targets is None:
             return self.exact.outputs(unit.block, param_values(self.graph, unit.block, self.leaves), rows=rows)
         types = self.graph.flat.types
-        return [t[rows].astype(types[i].dtype) for i, t in zip(unit.block.outs, unit.targets, strict=True)]
+        return [t[rows].astype(types[i].dtype, copy=False) for i, t in zip(unit.block.outs, unit.targets, strict=True)]
 
     def importances(self, unit: Unit, rows: np.ndarray) -> dict[int, np.ndarray | float]:
         """Position of each output that is compared -> Fisher weights of the examples in `rows`, or 1."""
