@@ -3,7 +3,9 @@ r"""Digits, one range for each tensor, 3-bit weights and activations: ranges by 
     python -m brecq_jax --config=configs/digits_lapq.py --workdir=runs/digits_lapq
 
 Calibrates on images that the network was not trained on: of the others it gets nearly all right, and its loss says little.
-docs/results.md holds what was measured.
+Claim: with one range a tensor, the loss chooses better ranges than errors do. Ours, seeds 0 to 2: 98.0, 96.0 and 97.3 of
+99.7, 98.7 and 98.3 in float; two minutes and a half of one core that others shared (71 to 90 s of it quantizing). Beside
+other ways to choose ranges: docs/results.md.
 """
 
 import dataclasses

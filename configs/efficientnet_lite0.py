@@ -5,7 +5,11 @@ r"""EfficientNet-Lite0 with ImageNet weights, 4-bit weights, 8-bit activations: 
 Calibrates on random crops of photographs that scikit-image and scikit-learn ship, and reports how often the quantized
 model's first class is the float model's, on crops of photographs it was not calibrated on. `--config.data=FOLDER`
 takes a folder of your own images: half calibrates (every other file), half scores, with labels where folder or file
-names give them. docs/results.md holds the measured figures.
+names give them.
+
+Claim: minutes and 64 crops give a 4-bit model that mostly agrees with float. Ours: the same first class for 84, 88, 76, 86 and 77 of 100 crops
+(seeds 0 to 4; the draw is most of it), two minutes on two cores. With more steps and photographs: docs/results.md. The paper
+has no such network.
 """
 
 import dataclasses

@@ -7,6 +7,9 @@ with a header, separated by tabs, user and item in the first two columns, as Mov
 (dataset_example/ml-100k/ml-100k.inter). Of each user the last line is kept from training. It is a hit if it is among the best 10 of
 itself and 99 items that the user has not seen.
 
+Claim: 4 bits cost no hits. Ours on made-up ratings, seeds 0 to 2: 50, 48 and 52 % of 50, 49 and 52 in float (one standard
+error is 1.2 to 1.4), in 0.022 MB of 0.154; half a minute of one core that others shared. On MovieLens: docs/results.md.
+
 Source: Rendle et al. 2009, BPR-Opt, section 4.1, https://arxiv.org/abs/1205.2618
 """
 

@@ -3,8 +3,10 @@ r"""CIFAR-10 ResNet-20 (or -32, -44, -56) with published weights, any bits, any 
     python -m brecq_jax --config=configs/resnet20_cifar10.py --workdir=runs/r20 \
         --config.weights=resnet20-12fca82f.th --config.data=cifar10_jpeg --config.weight_bits=2 --config.act_bits=0
 
-`data` is a folder with train.npz and test.npz (`jpeg`: concatenated files, `offset`, `label`). docs/results.md holds
-the measured figures, on a JPEG copy of the test set, where the float network scores 81.03. The paper has no CIFAR table.
+`data` is a folder with train.npz and test.npz (`jpeg`: concatenated files, `offset`, `label`). The paper has no CIFAR table.
+
+Claim: weights in 2 bits cost a point. Ours, on a JPEG copy of the test set where float scores 81.03: W2A32 80.05 ± 0.11
+(five seeds), about a minute on one core. Other bits, methods and depths: docs/results.md.
 """
 
 import dataclasses
