@@ -5,9 +5,9 @@ r"""A small GPT of scanned layers, trained on Python's own documentation: perple
 The text is the 79 topics of `help()`, which Python ships (pydoc_data), byte by byte: the first nine tenths train and calibrate, the last
 tenth scores. Perplexity is per byte.
 
-Claim: a stack of layers in one leaf is quantized layer by layer. Ours, seeds 0 to 2: 5.11, 5.14 and 5.21 of 5.07, 5.10 and 5.19
-in float, in 0.157 MB of 0.882;
-three minutes of one core that others shared, most of it training (23 to 35 s of it quantizing). By bits: docs/results.md.
+Claim: a stack of layers in one leaf is quantized layer by layer. Ours, seeds 0 to 2: 5.11, 5.14 and 5.21 of 5.07, 5.10 and
+5.19 in float, in 0.157 MB of 0.882; three minutes of one core that others shared, most of it training (23 to 35 s of it
+quantizing). By bits: docs/results.md.
 """
 
 import dataclasses

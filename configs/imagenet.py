@@ -64,6 +64,7 @@ class Config:
     act_steps: int = 0  # the same
     step_examples: int = 0  # the same: of each step, shared out over the devices
     learning_rate: float = 0.0  # the same
+    regularizer: float = 0.0  # the same: weight of the published methods' penalty, which they tune (0.1 for MobileNetV2, else 0.01)
     preset: str = "brecq"
     blocks: str = "block"
     memory_budget_gb: float = 0.0  # of the calibration set, caches and a step; 0: all in memory
@@ -89,6 +90,7 @@ class Config:
         if unscored and jax.process_index() == 0:
             print(unscored)
         settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.step_examples, learning_rate=self.learning_rate)
+        settings["regularizer"] = self.regularizer
 
         def evaluate(float_apply, quantized_apply):
             seen, labelled, agree, right, float_right = 0, 0, 0, 0, 0

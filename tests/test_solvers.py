@@ -245,6 +245,22 @@ def test_a_name_that_is_not_there():
         solvers.by_name("gptq")
 
 
+@pytest.mark.parametrize("name", ["adaround", "brecq", "genie", "qdrop", "squared", "annealed", "nearest"])
+def test_the_penalty_of_published_methods_has_a_weight_to_tune(name):
+    x, weight = jax.random.normal(jax.random.key(1), (64, 4)) @ jax.random.normal(jax.random.key(3), (4, 16)), jax.random.normal(jax.random.key(2), (16, 4))
+
+    def codes(**given):
+        solver = solvers.by_name(name, **given, num_steps=100, learning_rate=0.2)
+        return brecq_jax.quantize({"w": weight}, lambda p, x: x @ p["w"], x, weights=Uniform(2), activations=None, solver=solver, progress=False).params["w"].codes
+
+    def same(left, right):
+        return bool((left == right).all())
+
+    taken = name in ("adaround", "brecq", "genie", "qdrop", "squared")
+    assert same(codes(), codes(regularizer=0.01) if taken else codes(regularizer=1e4))
+    assert same(codes(regularizer=1e4), codes()) != taken
+
+
 ERRORS = [solvers.squared_error, solvers.fisher_error, solvers.relative_error, solvers.position_error]
 
 
