@@ -234,20 +234,24 @@ class _Cutter:
 def _mixing(graph: Graph) -> list[str]:
     """A note where what one example gives depends on the others of its batch, if it is seen.
 
-    What is made of examples and has one shape for all batches, or is made of such values alone, meets an example again.
+    What a step makes of something that grows with the batch, and has one shape for all batches, meets an example again.
     """
-    types, larger = graph.flat.types, graph.at_twice
-    common = {i for i in graph.data if larger and types[i].shape == larger[i].shape and jnp.issubdtype(types[i].dtype, jnp.floating)}
+    types, larger, common = graph.flat.types, graph.at_twice, set()
+    grows = {i for i in graph.data if larger and types[i].shape != larger[i].shape}
     for t, step in enumerate(graph.flat.steps):
         own = graph.data.intersection(step.inputs) - common
-        if common.intersection(step.inputs) and not own:
-            common.update(step.outputs)
-        elif common.intersection(step.inputs) and graph.by_example.intersection(own) and graph.by_example.intersection(step.outputs):
+        meets = common.intersection(step.inputs)
+        if meets and graph.by_example.intersection(own) and graph.by_example.intersection(step.outputs):
             before = [op.name for op in graph.ops if op.step < t]
             return [
                 f"examples of a batch are not independent: a {step.primitive} {f'after {before[-1]}' if before else 'of the inputs'} joins each with "
                 "what all of them made, as BatchNorm does in train mode. Write apply_fn in inference mode, or what is measured depends on the batch"
             ]
+        # of what stays whole it is not known what an output depends on
+        collapses = grows.intersection(step.inputs) and step.primitive not in ("while", "cond", "scan")
+        if larger and (collapses or meets and not own):
+            fixed = (i for i in step.outputs if i not in grows or not own)
+            common.update(i for i in fixed if types[i].size and jnp.issubdtype(types[i].dtype, jnp.floating))
     return []
 
 

@@ -162,7 +162,7 @@ def fisher(
             jax.eval_shape(gradients, leaves, [a[:chunk][:, None] for a in inputs], keys[:chunk])
         except (ValueError, NotImplementedError, TypeError) as error:
             raise ValueError(
-                f"Fisher weights are gradients through the whole net, and JAX has none of its {doubtful[0]}. Write an error that takes none: "
+                f"Fisher weights are gradients through the whole net, and JAX has none of its {', '.join(dict.fromkeys(doubtful))}. Write an error that takes none: "
                 "solvers.annealed(), or error=solvers.squared_error."
             ) from error
     for start in range(0, problem.count, chunk):

@@ -19,7 +19,7 @@ from brecq_jax._products import Factor, Product
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A parameter that weighted ops read: a whole leaf, or one slice of a leaf that a scan stacks."""
+    """A parameter that weighted ops read: a whole leaf, or one slice of a leaf that a scan or a loop takes apart."""
 
     name: str
     leaf: int  # position in the flattened params
@@ -86,7 +86,7 @@ class Graph:
         twice = jax.tree.map(lambda t: jax.ShapeDtypeStruct((*(2 * n for n in t.shape[:1]), *t.shape[1:]), t.dtype), self.batch_types)
         try:
             larger = self.at_batch(twice)
-        except (TypeError, ValueError):
+        except Exception:  # apply_fn is the user's, and may raise anything
             return None
         return larger.types if [s.primitive for s in larger.steps] == [s.primitive for s in self.flat.steps] else None
 

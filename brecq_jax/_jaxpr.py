@@ -89,6 +89,7 @@ class _Builder:
         self.types: list[jax.ShapeDtypeStruct] = []
         self.constants: dict[int, Any] = {}
         self.slices: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.sliced: dict[tuple[int, tuple[int, ...]], int] = {}  # the other way round
 
     def new(self, aval) -> int:
         self.types.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -157,12 +158,11 @@ class _Builder:
 
     def index(self, ident: int, i: int) -> int:
         root, indices = self.slices.get(ident, (ident, ()))
-        known = next((out for out, where in self.slices.items() if where == (root, (*indices, i))), None)
-        if known is not None:  # of two scans over one leaf
-            return known
-        out = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
-        self.slices[out] = (root, (*indices, i))
-        return out
+        where = root, (*indices, i)
+        if where not in self.sliced:  # by another scan over the same leaf
+            out = self.sliced[where] = self.traced(lambda x: jax.lax.index_in_dim(x, i, 0, keepdims=False), (ident,))
+            self.slices[out] = where
+        return self.sliced[where]
 
     def traced(self, function: Callable, inputs: Sequence[int]) -> int:
         (out,) = self.inline(jax.make_jaxpr(function)(*(self.types[i] for i in inputs)), list(inputs))
@@ -209,7 +209,7 @@ def _leading_indices(step: Step, type: jax.ShapeDtypeStruct, cut: tuple[int, ...
         return [cut]
     if step.primitive == "unstack" and cut is None and params["axis"] == 0:
         return [(i,) for i in range(shape[0])]
-    if step.primitive == "slice" and cut is None:
+    if step.primitive == "slice" and cut is None and set(params["strides"] or (1,)) == {1}:
         sides = [stop - start for start, stop in zip(params["start_indices"], params["limit_indices"], strict=True)]
         depth = next((a for a in range(len(shape)) if sides[a:] == list(shape[a:])), len(shape))
         if depth and sides[:depth] == [1] * depth:

@@ -24,6 +24,7 @@ PASS_SHARE = 1 / 4  # of the budget, for one pass of a stream
 # Values are computed again where that is at most so many times the work of the block that reads them; else they go to a file. A guess.
 RECOMPUTED = 16
 OWN_PAGES = 2**25  # bytes
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # Windows has no flags
 WORDS = {"memory": "on the host", "disk": "in a file", "recomputed": "computed again"}
 
 
@@ -52,7 +53,7 @@ def empty(shape: tuple[int, ...], dtype, on_disk: bool) -> np.ndarray | OnDisk:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if on_disk:
         return OnDisk(shape, dtype)
-    return np.empty(shape, dtype) if size < OWN_PAGES else np.ndarray(shape, dtype, mmap.mmap(-1, size))
+    return np.empty(shape, dtype) if size < OWN_PAGES else np.ndarray(shape, dtype, mmap.mmap(-1, size, **PRIVATE))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,7 +90,7 @@ def quantize(
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs, 8.0 if memory_budget_gb is None else memory_budget_gb, MIN_EXAMPLES)
     problem = Problem(apply_fn, params, NO_PLAN, examples.arrays, examples.count, blocks, loss, memory_budget_gb, bfloat16_caches)
-    solver, graph = solver or DEFAULT_SOLVER, _read(problem)
+    solver, graph = solver or DEFAULT_SOLVER, _read(problem, isinstance(calib_ds, (list, tuple)))
     plan = make_plan(graph, weights, activations, preset)
     notes = [*partition(graph, blocks)[1], *_idle(solver, data_mesh(mesh)), *_constant(examples.arrays)]
     if progress:
@@ -160,12 +160,14 @@ def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:
 
 def _constant(inputs: Any) -> tuple[str, ...]:
     """A note where the calibration inputs tell nothing."""
-    arrays = [a for a in jax.tree.leaves(inputs) if a.size]
-    same = arrays and all((a == a[(0,) * a.ndim]).all() for a in arrays)
-    return (f"calib_ds: all values are {arrays[0].flat[0]}. Ranges and codes will be of no use on other inputs",) if same else ()
+    named = [(jax.tree_util.keystr(path), a) for path, a in jax.tree.flatten_with_path(inputs)[0] if a.size]
+    real = [(name, a) for name, a in named if jnp.issubdtype(a.dtype, jnp.floating)] or named  # a mask may well be all True
+    return tuple(
+        f"calib_ds{name}: all values are {a.flat[0]}. Ranges and codes will be of no use on other inputs" for name, a in real if (a == a.flat[0]).all()
+    )
 
 
-def _read(problem: Problem) -> Graph:
+def _read(problem: Problem, listed: bool) -> Graph:
     """The program at the calibration inputs' shapes; what apply_fn refuses is told with those shapes."""
     try:
         graph = problem.graph(min(problem.count, 32))
@@ -178,7 +180,7 @@ def _read(problem: Problem) -> Graph:
         hint = several if type(error) is TypeError else ""
         raise ValueError(f"apply_fn could not be read with calibration inputs of {shapes} each: {error}{hint}") from error
     outputs, larger = graph.heavy.intersection(graph.flat.outputs), graph.at_twice
-    if outputs and larger and all(graph.flat.types[i].shape == larger[i].shape for i in outputs):
+    if listed and larger and all(graph.flat.types[i].shape == larger[i].shape for i in outputs):
         shapes = ", ".join(sorted({str(graph.flat.types[i].shape) for i in outputs}))
         raise ValueError(
             f"apply_fn's outputs have the shape {shapes} for every number of examples. If calib_ds is a list of single inputs, write np.stack(them): "

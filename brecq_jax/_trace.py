@@ -62,7 +62,8 @@ class _Reader:
         slices: dict[int, list[Weight]] = {}
         for weight in self.weights.values():
             slices.setdefault(self.flat.inputs[weight.leaf], []).append(weight)
-        found = set()
+        left = {root for ident, (root, _) in self.flat.slices.items() if ident in self.origins and self.name_of(ident) in self.skipped}
+        found = left.intersection(roots)
         for root in roots:
             weights = slices.get(root, [])
             lead = self.flat.types[root].shape[: len(weights[0].index)] if weights else ()

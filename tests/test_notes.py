@@ -16,9 +16,9 @@ PARAMS = {name: jnp.asarray(DRAW.normal(size=shape) / 3, jnp.float32) for name, 
 LEARN = solvers.annealed(num_steps=20)
 
 
-def quantized(apply_fn, params=PARAMS, inputs=X, **settings):
+def quantized(apply_fn, params=PARAMS, calib_ds=X, **settings):
     settings = {"weights": Uniform(3), "activations": None, "solver": LEARN, "progress": False, "blocks": "layer", **settings}
-    return brecq_jax.quantize(params, apply_fn, inputs, **settings)
+    return brecq_jax.quantize(params, apply_fn, calib_ds, **settings)
 
 
 def net(between):
@@ -68,13 +68,25 @@ def masked(value):
 
 def test_gradients_that_are_not_finite_are_told():
     notes = quantized(masked(-jnp.inf), blocks="net").report.notes
-    assert any("gradients are not finite" in n and "mask" in n for n in notes)
+    assert any("gradients are not finite" in n and n.startswith("a..c: ") for n in notes)
     assert not any("finite" in n for n in quantized(masked(-1e9), blocks="net").report.notes)
+
+
+def test_a_prediction_behind_which_there_is_no_gradient_does_not_count():
+    report = quantized(net(shrunk), solver=solvers.annealed(num_steps=20, prediction=solvers.Prediction())).report
+    assert any("does not count in a" in n and "while" in n for n in report.notes)
+    assert any(n.startswith("b is not learned") for n in report.notes) and any(b.kept for b in report.blocks)
+
+
+def test_large_values_of_half_precision_are_compared():
+    params = {name: value.astype(jnp.float16) for name, value in PARAMS.items()}
+    report = quantized(lambda p, x: net(lambda h: h)(p, x) * 500, params, X.astype(np.float16)).report
+    assert report.notes == () and all(np.isfinite(b.error_after) for b in report.blocks)
 
 
 def test_an_error_that_is_not_finite_is_told():
     report = quantized(lambda p, x: jnp.log(net(lambda h: h)(p, x) * 0 - 1)).report
-    assert any("its error is nan" in n for n in report.notes)
+    assert any("its error is not a number" in n for n in report.notes)
 
 
 class Normalised(nn.Module):
@@ -111,6 +123,8 @@ def test_what_all_examples_made_is_seen_where_it_meets_one(mix):
 def test_independent_examples_are_not_suspected():
     def apply_fn(p, x):
         h = net(lambda h: h / jnp.sqrt(jnp.square(h).mean(-1, keepdims=True) + 1))(p, x)
+        h, factor = jax.lax.fori_loop(0, 3, lambda i, c: (jnp.tanh(c[0]), c[1] / 2), (h, 1.0))
+        h = jnp.concatenate([h * factor, h[: -len(h) % 8]])
         return {"out": h, "batch_mean": h.mean(0)}  # what all made, and no example meets
 
     assert not any("not independent" in n for n in quantized(apply_fn).report.notes)
@@ -126,5 +140,7 @@ def test_a_list_of_single_images_is_refused():
 
 
 def test_inputs_that_tell_nothing_are_noted():
-    assert any("all values are 0.0" in n for n in quantized(net(lambda h: h), inputs=np.zeros_like(X), solver=solvers.nearest()).report.notes)
+    calib_ds = {"mask": np.ones(len(X), bool), "x": np.zeros_like(X)}
+    notes = quantized(lambda p, e: net(lambda h: h)(p, e["x"]), calib_ds=calib_ds, inputs=lambda e: e, solver=solvers.nearest()).report.notes
+    assert notes == ("calib_ds['x']: all values are 0.0. Ranges and codes will be of no use on other inputs",)
     assert quantized(net(lambda h: h), solver=solvers.nearest()).report.notes == ()

@@ -92,7 +92,7 @@ def loop(
         try:
             jax.eval_shape(functools.partial(_one_update, static), state, fixed, batch, key, 0)
         except (ValueError, NotImplementedError, TypeError) as error:
-            raise NoGradient(doubtful[0]) from error
+            raise NoGradient(", ".join(dict.fromkeys(doubtful))) from error
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
     done = 0
     for stop in stops:

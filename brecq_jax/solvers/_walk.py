@@ -24,17 +24,17 @@ from brecq_jax.solvers._solver import Info, split
 
 def squared_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
     """|output − target|² of each example: summed over the last axis (channels; one number per example is one), averaged over positions."""
-    return _per_example(jnp.square(output - target))
+    return _per_example(jnp.square(_wide(output) - _wide(target)))
 
 
 def fisher_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
     """The same, each output weighted by its diagonal Fisher (mean 1). Source: BRECQ, eq. 10, https://arxiv.org/abs/2102.05426"""
-    return _per_example(importance * jnp.square(output - target))
+    return _per_example(importance * jnp.square(_wide(output) - _wide(target)))
 
 
 def relative_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
     """`squared_error` in parts of the targets' energy, its mean over the batch: the same scale for every block."""
-    return squared_error(output, target, importance) / (jnp.mean(_per_example(jnp.square(target))) + TINY)
+    return squared_error(output, target, importance) / (jnp.mean(_per_example(jnp.square(_wide(target)))) + TINY)
 
 
 def position_error(output: Float[Array, "batch *feature"], target: Float[Array, "batch *feature"], importance) -> Float[Array, " batch"]:
@@ -43,11 +43,16 @@ def position_error(output: Float[Array, "batch *feature"], target: Float[Array, 
     So padding counts nothing, of which a masked model's prediction knows nothing.
     """
     weight = jnp.mean(importance, -1, keepdims=True) if importance.ndim > 1 else importance
-    return _per_example(weight * jnp.square(output - target)) / (jnp.mean(_per_example(weight * jnp.square(target))) + TINY)
+    error, energy = (_per_example(weight * jnp.square(values)) for values in (_wide(output) - _wide(target), _wide(target)))
+    return error / (jnp.mean(energy) + TINY)
+
+
+def _wide(values):
+    """In 32 bits or more: the error of a block moves in bfloat16's third digit, and squares of float16 end at 65,504."""
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def _per_example(squares):
-    squares = squares.astype(jnp.promote_types(squares.dtype, jnp.float32))  # bfloat16 has three digits, and an error of a block moves in the third
     if squares.ndim == 1:
         return squares
     return jnp.mean(jnp.sum(squares, -1).reshape(squares.shape[0], -1), -1)
@@ -146,8 +151,7 @@ class Walk:
         # within a budget by batches: all outputs at once would take more than a step
         at_once = len(self.held_out) if unit.targets and self.problem.memory_budget_gb is None else self.rough.batch_size
         total = 0.0
-        for start in range(0, len(self.held_out), at_once):
-            rows = self.held_out[start : start + at_once]
+        for rows in np.array_split(self.held_out, -(-len(self.held_out) // at_once)):
             outputs, targets = self.rough.outputs(unit.block, params, hooks, rows), self.targets(unit, rows)
             for position, importance in self.importances(unit, rows).items():
                 errors = _errors(self.error, outputs[position], targets[position], importance)
@@ -207,9 +211,9 @@ class Walk:
             (found, grids), infos = kept
             return current.with_weights(found, self.graph).with_activations(grids), infos
         error, infos = self.judge(unit, current), []
-        if not math.isfinite(error):
-            self.problem.note(f"{name} is not learned: its error is {error}. Its values are not all finite; where a mask is −inf, write a finite one")
-        for stage in stages if math.isfinite(error) else ():
+        if math.isnan(error):
+            self.problem.note(f"{name} is not learned: its error is not a number, since values that it compares are not; where a mask is −inf, write a finite one")
+        for stage in () if math.isnan(error) else stages:
             start = time.perf_counter()
             better = stage.better(unit, current)
             after = self.judge(unit, better) if better is not current else error

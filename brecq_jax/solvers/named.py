@@ -87,7 +87,8 @@ def by_name(name: str, regularizer: float | None = None, **settings) -> Solver:
       ValueError: another name.
     """
     if regularizer is not None and name in PUBLISHED:
-        settings["rounding"] = dataclasses.replace(GENIE if name == "genie" else RectifiedSigmoid(), regularizer=regularizer)
+        rounding = settings.get("rounding", GENIE if name == "genie" else RectifiedSigmoid())
+        settings["rounding"] = dataclasses.replace(rounding, regularizer=regularizer)
     makers = {
         "nearest": lambda **_: nearest(),
         "second_order": lambda **_: second_order(),
