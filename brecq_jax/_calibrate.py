@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block, param_values, run, whole
 from brecq_jax._interpret import Program as BlockProgram
-from brecq_jax._jaxpr import suspects
+from brecq_jax._jaxpr import Step, suspects
 from brecq_jax._memory import CHUNK, GB, PASS, STREAM, OnDisk, at_once, empty, values_bytes
 from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
@@ -128,6 +128,19 @@ def _drawn(size: int) -> np.ndarray:
     return (part * size / SAMPLES_PER_BATCH).astype(np.int64)
 
 
+class NoGradient(ValueError):
+    """Names of primitives, one of which at least JAX has no gradient of."""
+
+
+def check_gradient(steps: Sequence[Step], read: Callable[[], Any]):
+    """Raise NoGradient if JAX cannot `read` gradients of these steps. Steps of which it has them all are not read for it."""
+    if doubtful := suspects(steps):
+        try:
+            read()
+        except (ValueError, NotImplementedError, TypeError) as error:
+            raise NoGradient(doubtful) from error
+
+
 def fisher(
     problem: Problem, blocks: Sequence[Block], key: jax.Array, chunk: int = CHUNK, normalised: bool = True, on_disk: bool = False
 ) -> list[dict[int, np.ndarray | OnDisk]]:
@@ -157,14 +170,13 @@ def fisher(
     totals: dict[tuple[int, int], float] = {}
     dtype = jnp.bfloat16 if problem.bfloat16_caches else np.float32
     chunk = min(chunk, problem.count)
-    if doubtful := [name for step in graph.flat.steps for name in suspects(step)]:
-        try:
-            jax.eval_shape(gradients, leaves, [a[:chunk][:, None] for a in inputs], keys[:chunk])
-        except (ValueError, NotImplementedError, TypeError) as error:
-            raise ValueError(
-                f"Fisher weights are gradients through the whole net, and JAX has none of its {', '.join(dict.fromkeys(doubtful))}. Write an error that takes none: "
-                "solvers.annealed(), or error=solvers.squared_error."
-            ) from error
+    try:
+        check_gradient(graph.flat.steps, lambda: jax.eval_shape(gradients, leaves, [a[:chunk][:, None] for a in inputs], keys[:chunk]))
+    except NoGradient as error:
+        raise ValueError(
+            f"Fisher weights are gradients through the whole net, and JAX has none of its {error}. Write an error that takes none: "
+            "solvers.annealed(), or error=solvers.squared_error."
+        ) from error
     for start in range(0, problem.count, chunk):
         rows = np.minimum(np.arange(start, start + chunk), problem.count - 1)
         stop = min(start + chunk, problem.count)

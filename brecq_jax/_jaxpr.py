@@ -77,10 +77,10 @@ def weighted_inside(step: Step) -> bool:
     return step.primitive in WHOLE or any(_contains_weighted(body) for body in _bodies(step.params))
 
 
-def suspects(step: Step) -> list[str]:
-    """Primitives of a step, and inside it, that JAX may have no gradient of."""
-    inside = (eqn.primitive.name for body in _bodies(step.params) for eqn in _equations(body))
-    return [name for name in (step.primitive, *inside) if name in NO_GRADIENT]
+def suspects(steps: Sequence[Step]) -> str:
+    """Names of the primitives of these steps, and inside them, that JAX may have no gradient of."""
+    inside = (eqn.primitive.name for step in steps for body in _bodies(step.params) for eqn in _equations(body))
+    return ", ".join(dict.fromkeys(name for name in (*(step.primitive for step in steps), *inside) if name in NO_GRADIENT))
 
 
 class _Builder:

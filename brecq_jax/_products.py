@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from brecq_jax._jaxpr import STRUCTURAL, Flat, Step
 
-INDEX = r"\[\d+\]"  # of a slice of a leaf that a scan stacks
+INDEX = r"\[\d+\]"  # of a slice of a stacked leaf
 
 
 @dataclasses.dataclass(frozen=True)

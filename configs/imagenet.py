@@ -89,8 +89,10 @@ class Config:
         unscored = why_no_top1(scored, jax.eval_shape(apply_fn, variables, pixels[:1]).shape[-1])
         if unscored and jax.process_index() == 0:
             print(unscored)
-        settings = dict(num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.step_examples, learning_rate=self.learning_rate)
-        settings["regularizer"] = self.regularizer
+        settings = dict(
+            num_steps=self.num_steps, act_steps=self.act_steps, batch_size=self.step_examples, learning_rate=self.learning_rate,
+            regularizer=self.regularizer,
+        )  # fmt: skip
 
         def evaluate(float_apply, quantized_apply):
             seen, labelled, agree, right, float_right = 0, 0, 0, 0, 0

@@ -58,7 +58,7 @@ def quadratic_of(apply, params, x, exact_x):
     types = _quadratic.program_types(block.program, [x], values, block.constants)
     to = _quadratic.reach(block.program, 0, types, block.constants)
     step = block.program.steps[block.program.ops[0].step][0]
-    assert not _quadratic.unread(block.program.ops[0], step)
+    assert not _quadratic.unread(block.program.ops[0], step, graph.weights[graph.ops[0].weight].channel_axes)
     sums = _quadratic.statistics(block.program, 0, to, EVERY_ROW, (), False, [x], values, [exact_x], values, list(block.constants), {})
     return graph, to, sums
 

@@ -10,10 +10,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from brecq_jax._calibrate import run_local
+from brecq_jax._calibrate import check_gradient, run_local
 from brecq_jax._fast_ops import bfloat16_op, fast_op
 from brecq_jax._interpret import Block, Program, run
-from brecq_jax._jaxpr import suspects
 from brecq_jax._model import dropped
 from brecq_jax._qarray import from_rows
 from brecq_jax._sharding import everywhere, here, over_examples, spread
@@ -21,10 +20,6 @@ from brecq_jax._sharding import everywhere, here, over_examples, spread
 CHUNK = 100  # steps between looks at the progress bar, where the loop runs on the device
 # The same with several devices that are threads of one CPU: more steps in flight leave no thread to the one that the others wait for.
 SHARED_CPU_CHUNK = 10
-
-
-class NoGradient(ValueError):
-    """The name of a primitive that JAX has no gradient of."""
 
 
 class Batch(NamedTuple):
@@ -87,12 +82,12 @@ def loop(
     order = batches(static.steps, static.count, static.batch_size, key_order)
     variables, fixed, key = everywhere(mesh, (variables, fixed, key))
     state = (variables, everywhere(mesh, _started(static, variables)))
-    if doubtful := [name for step, _, _ in static.program.steps for name in suspects(step)]:
+
+    def read():
         batch = data(order[0]) if callable(data) else jax.tree.map(lambda a: a[order[0]], data)
-        try:
-            jax.eval_shape(functools.partial(_one_update, static), state, fixed, batch, key, 0)
-        except (ValueError, NotImplementedError, TypeError) as error:
-            raise NoGradient(", ".join(dict.fromkeys(doubtful))) from error
+        return jax.eval_shape(functools.partial(_one_update, static), state, fixed, batch, key, 0)
+
+    check_gradient([step for step, _, _ in static.program.steps], read)
     stops = sorted({round(static.steps * (n + 1) / static.settings.checks) for n in range(static.settings.checks)} - {0})
     done = 0
     for stop in stops:

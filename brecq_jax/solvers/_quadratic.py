@@ -96,7 +96,14 @@ def _clip(program: Program, value: int, types, constants) -> tuple[float, float]
     return found
 
 
-def unread(op: LocalOp, step: Step) -> str:
+def unread(op: LocalOp, step: Step, channel_axes: tuple[int, ...]) -> str:
+    """Why a weight with these channel axes cannot be rounded by what `input_rows` reads of an op; "" where it can."""
+    if why := _no_rows(op, step):
+        return why
+    return "" if row_axes(op, step) == channel_axes else "its channels are those of another op that reads it"
+
+
+def _no_rows(op: LocalOp, step: Step) -> str:
     """Why `input_rows` cannot read this op, "" where it can: the weight enters a product whose layout it knows, perhaps transposed."""
     if op.kind not in ("dense", "conv"):
         return "a lookup adds nothing up"

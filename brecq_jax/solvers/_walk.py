@@ -212,7 +212,9 @@ class Walk:
             return current.with_weights(found, self.graph).with_activations(grids), infos
         error, infos = self.judge(unit, current), []
         if math.isnan(error):
-            self.problem.note(f"{name} is not learned: its error is not a number, since values that it compares are not; where a mask is −inf, write a finite one")
+            self.problem.note(
+                f"{name} is not learned: its error is not a number, since values that it compares are not; where a mask is −inf, write a finite one"
+            )
         for stage in () if math.isnan(error) else stages:
             start = time.perf_counter()
             better = stage.better(unit, current)

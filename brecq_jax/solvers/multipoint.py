@@ -79,9 +79,8 @@ def _better(walk: Walk, guess: Quantized, single: frozenset[str], unit: Unit, cu
 
 
 def _readable(q: QArray | None, program: Program, local: LocalOp) -> bool:
-    step = program.steps[local.step][0]
     planned = q is not None and isinstance(q.format, Multipoint)
-    return planned and not _quadratic.unread(local, step) and _quadratic.row_axes(local, step) == q.channel_axes
+    return planned and not _quadratic.unread(local, program.steps[local.step][0], q.channel_axes)
 
 
 def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from brecq_jax._calibrate import learned_outputs
+from brecq_jax._calibrate import NoGradient, learned_outputs
 from brecq_jax._interpret import param_values
 from brecq_jax._jaxpr import suspects
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import float_rows
 from brecq_jax._sharding import AXIS, spread
-from brecq_jax.solvers._loop import Batch, NoGradient, Static, Tail, loop, own_variables
+from brecq_jax.solvers._loop import Batch, Static, Tail, loop, own_variables
 from brecq_jax.solvers._roundings import RectifiedSigmoid, Rounding
 from brecq_jax.solvers._solver import Info, Solver
 from brecq_jax.solvers._walk import Stage, Unit, Walk, fisher_error
@@ -171,8 +171,8 @@ def _learn_unit(settings: Reconstruction, walk: Walk, steps: int, key, weights: 
         for found in loop(static, variables, arguments, data, jax.random.fold_in(key, unit.number), show):
             if not all(jnp.isfinite(v).all() for v in jax.tree.leaves(found)):
                 walk.problem.note(
-                    f"{block.name}: learning ended where gradients are not finite, and the best before it stays. Where a mask is −inf, write a finite one; "
-                    "elsewhere a smaller learning_rate"
+                    f"{block.name}: learning ended where gradients are not finite, and the best before it stays. Where a mask is −inf, write a "
+                    "finite one; elsewhere a smaller learning_rate"
                 )
                 break
             candidate = model(found)
@@ -222,8 +222,8 @@ def _no_tail(prediction: Prediction, walk: Walk, number: int) -> str:
         return "nothing is behind it"
     if walk.predictions is None:
         return "the model's output is not one array of logits with examples on axis 0"
-    if doubtful := {name for b in later for step, _, _ in b.program.steps for name in suspects(step)}:
-        return f"JAX may have no gradient of what is behind it: {', '.join(sorted(doubtful))}"
+    if doubtful := suspects([step for b in later for step, _, _ in b.program.steps]):
+        return f"JAX may have no gradient of what is behind it: {doubtful}"
     made = set(walk.drawn_blocks[number].outs).union(*(b.outs for b in later))
     if not all(made.issuperset(b.ins) for b in later):
         return "what is behind it reads values from before it"

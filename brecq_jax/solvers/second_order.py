@@ -64,9 +64,7 @@ def left_out(walk: Walk, guess: Quantized) -> dict[str, str]:
 def _unread(walk: Walk, model: Quantized, op: Op, local: LocalOp, block: Block) -> str:
     """Why the closed form cannot round the weight by this op; "" where it can."""
     step, q = block.program.steps[local.step][0], model.weight(walk.graph.weights[op.weight])
-    if why := _quadratic.unread(local, step):
-        return why
-    return "" if _quadratic.row_axes(local, step) == q.channel_axes else "its channels are those of another op that reads it"
+    return _quadratic.unread(local, step, q.channel_axes)
 
 
 def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantized:
