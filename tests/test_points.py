@@ -183,6 +183,63 @@ def test_slices_of_a_stacked_leaf_have_their_own_points():
     np.testing.assert_allclose(to_rows(q.decode(), q.channel_axes), q.format.decode(q.format.encode(rows, q.grid), q.grid), rtol=1e-5, atol=1e-6)
 
 
+def detector(params, x):
+    """Like SSD with a feature pyramid: boxes and classes from heads that two levels share, the upper one added to the lower."""
+
+    def conv(x, name, stride=1, groups=1):
+        return jax.lax.conv_general_dilated(
+            x, params[name], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    low = jax.nn.relu(conv(conv(x, "stem", 2), "depthwise", groups=8))
+    high = jax.nn.relu(conv(low, "down", 2))
+    top = conv(high, "lateral_high")
+    levels = {"low": conv(low, "lateral_low") + jnp.repeat(jnp.repeat(top, 2, 1), 2, 2), "high": top}
+    towers = {level: jax.nn.relu(conv(value, "tower")) for level, value in levels.items()}
+    return {head: {level: conv(value, head) for level, value in towers.items()} for head in ("boxes", "classes")}
+
+
+@pytest.fixture(scope="module")
+def detected():
+    draw, spread = np.random.default_rng(3), np.linspace(0.3, 2, 8)
+    shapes = {"stem": (3, 3, 3, 8), "depthwise": (3, 3, 1, 8), "down": (3, 3, 8, 8), "lateral_low": (1, 1, 8, 8), "lateral_high": (1, 1, 8, 8)}
+    shapes |= {"tower": (3, 3, 8, 8), "boxes": (3, 3, 8, 4), "classes": (3, 3, 8, 6)}
+    params = {n: jnp.asarray(draw.standard_t(4, s) * spread[: s[-1]] / math.sqrt(math.prod(s[:-1])), jnp.float32) for n, s in shapes.items()}
+    x = draw.standard_normal((COUNT, 16, 16, 3)).astype(np.float32)
+
+    def found(points, **settings):
+        return quantize(detector, params, x, weights=dataclasses.replace(FORMAT, points=points, tolerance=0.1), **settings)
+
+    return params, x, found
+
+
+def test_a_detection_net_gets_points_in_every_layer_and_errs_less(detected):
+    """Heads that several levels read, depthwise convolutions, several outputs of several shapes."""
+    params, x, found = detected
+    more, one = found(3), found(1)
+    counts = {name: q.format.counts(q.grid).mean() for name, q in more.params.items()}
+    assert set(counts) == set(params)
+    assert all(count > 1 for count in counts.values()), counts
+    exact = detector(params, x)
+
+    def lost(quantized):
+        return jax.tree.map(lambda a, b: float(jnp.sum(jnp.square(a - b)) / jnp.sum(jnp.square(b))), quantized(x), exact)
+
+    less, much = lost(more), lost(one)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a < b, less, much))), (less, much)
+
+
+def test_a_detection_net_of_points_runs_on_sums_of_integer_products(detected):
+    _, x, found = detected
+    quantized = found(3, activations=Uniform(8))
+    integer = brecq_jax.deploy.to_integer(quantized, x[:2])
+    assert integer.kept_float == (), integer
+    for level in ("low", "high"):
+        for head in ("boxes", "classes"):
+            exact, ours = quantized(x)[head][level], integer(x)[head][level]
+            assert float(jnp.abs(exact - ours).max()) <= 1e-4 * float(jnp.abs(exact).max())
+
+
 def test_a_plan_without_points_is_refused():
     with pytest.raises(ValueError, match="Write weights=formats.Multipoint"):
         quantize(weights=Uniform(4))
