@@ -12,16 +12,29 @@ Top-1 needs labels of all the network's classes: a folder for each in val/, or n
 checkpoint; the paper's are its authors' own, and others give other figures. Calibrates on random crops, scores central ones; images
 stay uint8, and what the quantized model takes is pixels.
 
-Time: not measured here. Paper's top-1 of ResNet-18 beside ours (no ImageNet on the machine; the other networks: paper, tables 2 and 3):
+Time: not measured here, and no top-1 of ours: no ImageNet on the machine. What others measured, beside which ours belong:
 
-| bits | method | paper | ours |
-|---|---|---|---|
-| W4A32 | adaround | 68.71 (table 2) | not measured |
-| W4A32 | brecq | 70.70 (table 2) | not measured |
-| W3A32 | brecq | 69.81 (table 2) | not measured |
-| W2A32 | brecq | 66.30 (table 2) | not measured |
-| W4A4 | brecq | 69.60 (table 3) | not measured |
-| W2A4 | brecq | 64.80 (table 3) | not measured |
+| network | bits | method | theirs | ours |
+|---|---|---|---|---|
+| resnet18 | W4A32 | adaround | 68.71 (paper, table 2) | not measured |
+| resnet18 | W4A32 | brecq | 70.70 (paper, table 2) | not measured |
+| resnet18 | W3A32 | brecq | 69.81 (paper, table 2) | not measured |
+| resnet18 | W2A32 | brecq | 66.30 (paper, table 2), 66.33 (readme) | not measured |
+| mobilenet_v2 | W2A32 | brecq, regularizer 0.1 | 59.49 (readme) | not measured |
+| resnet18 | W4A4 | brecq | 69.60 (paper, table 3) | not measured |
+| resnet18 | W2A4 | brecq | 64.80 (paper, table 3), 65.21 (readme) | not measured |
+
+Readme: the released code's own (yhhhli/BRECQ at 048c3e6). The paper's figures of the other networks: its tables 2 and 3. A second
+implementation's, from its own checkpoints (MQBench, benchmark/ImageClassification/Benchmark of its stable documentation); ours not measured:
+
+| | resnet18 | resnet50 | mobilenet_v2 | regnetx_600mf |
+|---|---|---|---|---|
+| float | 71.06 | 76.63 | 72.68 | 73.60 |
+| W4A4 adaround | 68.67 | 73.79 | 65.74 | 70.24 |
+| W4A4 brecq | 68.52 | 74.66 | 67.23 | 70.30 |
+| W4A4 qdrop | 68.84 | 74.98 | 68.13 | 70.85 |
+| W2A4 adaround | 62.31 | 63.65 | 40.60 | 57.14 |
+| W2A4 brecq | 63.56 | 68.39 | 52.29 | 62.36 |
 """
 
 import dataclasses
