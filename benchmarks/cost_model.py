@@ -9,7 +9,7 @@ A step of `batch` examples on N devices takes
 
 where macs are the block's for one example (forward and backward are three passes of two operations each), bytes are what a step writes and
 reads: the values of `batch` / N examples (what enters, what ops make, four bytes each, six times) and the rounding's variables with Adam's
-(4 bytes, 10 times). A block takes `steps` of these and the passes without gradients, which every process does for all `count` examples: targets,
+(4 bytes, 10 times). A block takes `steps` of these and the passes without gradients of all `count` examples, in batches that devices share out: targets,
 two judgements on an eighth, and the prefix's outputs, 2.25 forward passes. Seconds here are those of the processor, which other work shares.
 """
 
@@ -27,7 +27,7 @@ import brecq_jax
 from brecq_jax import models
 from brecq_jax._blocks import partition
 from brecq_jax._fast_ops import fast_op
-from brecq_jax._memory import STEP
+from brecq_jax._memory import STEP, STREAM
 from brecq_jax.models.decoder import Decoder
 from brecq_jax.solvers._loop import batches
 
@@ -73,9 +73,9 @@ def step_bytes(work: Work, own: float) -> float:
     return 4 * (VALUES_TOUCHED * work.values * own + VARIABLES_TOUCHED * work.weights)
 
 
-def block_seconds(work: Work, batch: int, steps: int, count: int, machine: Machine, devices: int = 1) -> float:
-    """A block's loop, and the passes around it."""
-    return steps * step_seconds(work, batch, machine, devices) + PASSES * count * 2 * work.macs / machine.flops
+def passes_seconds(work: Work, count: int, machine: Machine, devices: int = 1) -> float:
+    """The passes around a block's loop: each device takes whole batches."""
+    return PASSES * -(-count // (STREAM * devices)) * STREAM * 2 * work.macs / machine.flops
 
 
 def device_bytes(work: Work, batch: int, count: int, devices: int = 1) -> float:
@@ -172,13 +172,13 @@ def table(count: int, steps: int):
         "ResNet-50, 224 px": works(resnet.apply, jax.eval_shape(resnet.init, jax.random.key(0), image), image),
         "decoder, 2,048 tokens": works(decoder.apply, jax.eval_shape(decoder.init, jax.random.key(0), ids), ids),
     }
-    print("|network|weights|devices|batch|seconds|of these, passes that are not shared|most on a device, GB|before the last block|most on each host, GB|before the last block|")
+    print("|network|weights|devices|batch|seconds|of these, passes without gradients|most on a device, GB|before the last block|most on each host, GB|before the last block|")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, blocks in networks.items():
-        passes = sum(block_seconds(w, 1, 0, count, H100) for w in blocks)
         for devices in (1, 8, 256):
             batch = max(8, devices)
-            loop = sum(block_seconds(w, batch, steps, 0, H100, devices) for w in blocks)
+            loop = sum(steps * step_seconds(w, batch, H100, devices) for w in blocks)
+            passes = sum(passes_seconds(w, count, H100, devices) for w in blocks)
             held = [device_bytes(w, batch, count, devices) / 1e9 for w in blocks]
             host = [2 * 4 * count * w.boundary / 1e9 for w in blocks]  # both streams, before and after the block
             cells = name, f"{sum(w.weights for w in blocks) / 1e6:.3g} M", devices, batch, f"{loop + passes:.0f}", f"{passes:.0f}"

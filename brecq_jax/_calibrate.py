@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._graph import Graph
@@ -17,6 +18,7 @@ from brecq_jax._jaxpr import Step, suspects
 from brecq_jax._memory import CHUNK, GB, PASS, STREAM, OnDisk, at_once, empty, values_bytes
 from brecq_jax._model import Problem, quantize_hooks
 from brecq_jax._plan import Activation
+from brecq_jax._sharding import everywhere, gathered, parts, side_by_side, spread
 from brecq_jax.formats import Grid, PerToken
 
 SAMPLES_PER_BATCH = 16_384  # of each activation: what ranges are fitted to
@@ -37,13 +39,20 @@ class Hooks:
 
 def forward(block: Block, inputs, params, hooks: Hooks | None = None) -> tuple[jax.Array, ...]:
     """Run a block on one batch; compiled once per block shape."""
+    return runner(block, params, hooks)(inputs)
+
+
+def runner(block: Block, params, hooks: Hooks | None = None, mesh: Mesh | None = None) -> Callable[[Sequence[jax.Array]], tuple[jax.Array, ...]]:
+    """Inputs -> outputs of a block, of one batch or of one for each device of the mesh, where the parameters are now."""
     formats, grids, whole_values = hooks.of(block) if hooks else ((), {}, False)
-    return _forward(block.program, formats, whole_values, list(inputs), list(params), list(block.constants), grids)
+    shared = everywhere(mesh, (list(params), list(block.constants), grids))
+    return lambda inputs: _forward(block.program, formats, whole_values, mesh, list(inputs), *shared)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(program, formats, whole_values, inputs, params, constants, grids):
-    return run_local(program, formats, whole_values, inputs, params, constants, grids)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(program, formats, whole_values, mesh, inputs, params, constants, grids):
+    run = functools.partial(run_local, program, formats, whole_values)
+    return side_by_side(mesh, run, (True, False, False, False))(inputs, params, constants, grids)
 
 
 def run_local(
@@ -79,7 +88,7 @@ class Sample(NamedTuple):
 def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str]) -> dict[str, Sample]:
     """What activations are over the calibration set, by name.
 
-    Examples are spread evenly over the set. As many pass at once as the budget of memory has room for.
+    Examples are spread evenly over the set. As many pass at once as the budget of memory has room for, on each device of the mesh.
     """
     count = min(problem.count, OBSERVED_EXAMPLES)
     batch_size = min(STREAM, count)
@@ -92,17 +101,24 @@ def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str])
     ids = graph.flat.inputs[graph.num_leaves :]
     flat_inputs = dict(zip(ids, jax.tree.leaves(problem.inputs), strict=True))
     found: dict[str, list[Sample]] = {}
-    spread = np.linspace(0, problem.count - 1, count - count % batch_size).astype(np.int64)
-    for rows in spread.reshape(-1, batch_size):
-        batch = [np.asarray(flat_inputs[i][rows]) for i in block.ins]
-        values = _observe(block.program, batch_size, batch, param_values(graph, block, leaves), list(block.constants))
+    drawn = np.linspace(0, problem.count - 1, count - count % batch_size).astype(np.int64).reshape(-1, batch_size)
+    shared = everywhere(problem.mesh, (param_values(graph, block, leaves), list(block.constants)))
+    for start in range(0, len(drawn), parts(problem.mesh)):
+        rows = drawn[start : start + parts(problem.mesh)]
+        batch = [spread(problem.mesh, flat_inputs[i][rows.reshape(-1)], batch_size) for i in block.ins]
+        values = _observe(block.program, batch_size, problem.mesh, batch, *shared)
         for site, sample in values.items():
-            found.setdefault(block.sites[site], []).append(jax.tree.map(np.asarray, sample))
+            own = [gathered(problem.mesh, a)[: len(rows) * (SAMPLES_PER_BATCH + 2)] for a in sample]
+            found.setdefault(block.sites[site], []).append(Sample(*own))
     return {name: Sample(*map(np.concatenate, zip(*found[name], strict=True))) for name in names}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _observe(program, batch_size, inputs, params, constants):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(program, batch_size, mesh, inputs, params, constants):
+    return side_by_side(mesh, functools.partial(_seen, program, batch_size), (True, False, False))(inputs, params, constants)
+
+
+def _seen(program, batch_size, inputs, params, constants):
     seen = {}
 
     def on_input(number, x):
@@ -153,6 +169,8 @@ def fisher(
     Source: BRECQ, eq. 10 (https://arxiv.org/abs/2102.05426); for why labels are drawn: Kunstner et al. 2019
     (https://arxiv.org/abs/1905.12558), eq. 3 against eq. 5.
 
+    On a mesh each device takes a chunk of examples by itself.
+
     Returns: for each block, {position of the output: array of shape (examples, *output)}.
 
     Raises:
@@ -162,31 +180,35 @@ def fisher(
     single = problem.units(1)
     if [b.name for b in single] != [b.name for b in blocks]:
         raise ValueError("The program has other blocks at batch size 1; pass blocks= as name patterns.")
-    gradients = _gradients(graph, single, problem.loss)
-    leaves = jax.tree.leaves(problem.params)
+    gradients = _gradients(graph, single, problem.loss, jax.random.key_impl(key), problem.mesh)
+    leaves = everywhere(problem.mesh, jax.tree.leaves(problem.params))
     inputs = [np.asarray(a) for a in jax.tree.leaves(problem.inputs)]
-    keys = jax.random.split(key, problem.count)
+    keys = np.asarray(jax.random.key_data(jax.random.split(key, problem.count)))
     found: list[dict[int, np.ndarray | OnDisk]] = [{} for _ in blocks]
     totals: dict[tuple[int, int], float] = {}
     dtype = jnp.bfloat16 if problem.bfloat16_caches else np.float32
     chunk = min(chunk, problem.count)
+    at_once = chunk * parts(problem.mesh)
+
+    def read(rows):
+        return gradients(leaves, [spread(problem.mesh, a[rows][:, None]) for a in inputs], spread(problem.mesh, keys[rows]))
+
     try:
-        check_gradient(graph.flat.steps, lambda: jax.eval_shape(gradients, leaves, [a[:chunk][:, None] for a in inputs], keys[:chunk]))
+        check_gradient(graph.flat.steps, lambda: jax.eval_shape(read, np.zeros(at_once, np.int64)))
     except NoGradient as error:
         raise ValueError(
             f"Fisher weights are gradients through the whole net, and JAX has none of its {error}. Write an error that takes none: "
             "solvers.annealed(), or error=solvers.squared_error."
         ) from error
-    for start in range(0, problem.count, chunk):
-        rows = np.minimum(np.arange(start, start + chunk), problem.count - 1)
-        stop = min(start + chunk, problem.count)
-        grads = gradients(leaves, [a[rows][:, None] for a in inputs], keys[rows])
-        for (n, position), grad in grads.items():
+    for start in range(0, problem.count, at_once):
+        rows = np.minimum(np.arange(start, start + at_once), problem.count - 1)
+        stop = min(start + at_once, problem.count)
+        for (n, position), grad in read(rows).items():
             shape = (problem.count, *grad.shape[2:])
             target = found[n].setdefault(position, None)
             if target is None:
                 target = found[n][position] = empty(shape, dtype, on_disk)
-            squares = np.square(np.asarray(grad[: stop - start, 0], np.float32))
+            squares = np.square(gathered(problem.mesh, grad)[: stop - start, 0].astype(np.float32))
             target[start:stop] = squares
             totals[n, position] = totals.get((n, position), 0.0) + float(squares.sum(dtype=np.float64))
         problem.show(stop, problem.count, "Fisher weights")
@@ -200,7 +222,7 @@ def fisher(
     return found
 
 
-def _gradients(graph: Graph, blocks: Sequence[Block], loss):
+def _gradients(graph: Graph, blocks: Sequence[Block], loss, impl, mesh: Mesh | None):
     probed = [(n, p) for n, block in enumerate(blocks) for p in learned_outputs(graph, block)]
     types = {(n, p): graph.flat.types[blocks[n].outs[p]] for n, p in probed}
     ids = graph.flat.inputs[graph.num_leaves :]
@@ -215,11 +237,11 @@ def _gradients(graph: Graph, blocks: Sequence[Block], loss):
         outputs = jax.tree.unflatten(graph.out_tree, [env.get(i) for i in graph.flat.outputs])
         return (loss or own_prediction)(outputs, key)
 
-    def one(leaves, inputs, key):
+    def one(leaves, inputs, key_data):
         probes = {at: jnp.zeros(t.shape, t.dtype) for at, t in types.items()}
-        return jax.grad(scalar)(probes, leaves, inputs, key)
+        return jax.grad(scalar)(probes, leaves, inputs, jax.random.wrap_key_data(key_data, impl=impl))
 
-    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
+    return jax.jit(side_by_side(mesh, jax.vmap(one, in_axes=(None, 0, 0)), (False, True, True)))
 
 
 def own_prediction(outputs: Any, key: jax.Array) -> jax.Array:

@@ -30,8 +30,8 @@ class Problem:
     `inputs`: the calibration inputs as the model takes them, examples on axis 0 of every array. `loss(outputs, key)`:
     the scalar whose gradients weigh the outputs of blocks; None: the model's own prediction (see `_calibrate.fisher`).
     `show(done, total, text)`: progress. `journal`: what an interrupted run of the same problem found, and where to keep more.
-    `mesh`: devices along its axis `data` share each batch of a loop. `tell`: says what was planned. `note`: a line of the report,
-    once however often it is given.
+    `mesh`: devices along its axis `data` share each batch of a loop, and elsewhere each passes a batch by itself. `tell`: says what
+    was planned. `note`: a line of the report, once however often it is given.
     """
 
     apply_fn: Callable

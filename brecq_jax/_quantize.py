@@ -67,7 +67,7 @@ def quantize(
       bfloat16_caches: hold them in half the bytes.
       resume: a folder that keeps each finished block, so that the same call goes on after the last of them if it was interrupted;
         it may be removed once the model is saved. None: nothing is kept.
-      mesh: devices along its axis `data` share the cached examples and each batch: `jax.make_mesh((jax.device_count(),), ("data",))`.
+      mesh: devices along its axis `data` share examples, cached ones and each batch's: `jax.make_mesh((jax.device_count(),), ("data",))`.
         None: one device. In a run of many processes, each calls this with the same arguments (docs/pods.md).
       key: a jax.random key; None is jax.random.key(0).
       progress: print the plan before work starts, and show progress.
@@ -113,7 +113,7 @@ def quantize(
 # docs/results.md has the tables that chose it. Published schedules have names: `solvers.adaround()`, `solvers.brecq()`.
 DEFAULT_SOLVER = solvers.annealed()
 
-ONE_DEVICE = ("nearest", "second_order", "lapq", "distilled")  # modules of solvers without a shared step
+ONE_DEVICE = ("lapq", "distilled")  # modules of solvers that share nothing
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 

@@ -1,10 +1,12 @@
 """Arrays on a mesh: examples spread over its axis `data`, everything else on each of its devices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -29,13 +31,36 @@ def over_examples(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
-def spread(mesh: Mesh | None, array: np.ndarray) -> jax.Array:
-    """An array of examples, a part of it on each device; the last example again until they can be shared out evenly."""
+def spread(mesh: Mesh | None, array: np.ndarray, batch_size: int = 1) -> jax.Array:
+    """An array of examples, a part of it on each device; the last example again until batches of this size can be shared out evenly."""
     if mesh is None:
         return jnp.asarray(array)
-    missing = -len(array) % mesh.shape[AXIS]
+    missing = -len(array) % (mesh.shape[AXIS] * batch_size)
     array = np.concatenate([array, array[-1:].repeat(missing, 0)]) if missing else np.asarray(array)
     return jax.make_array_from_callback(array.shape, over_examples(mesh), lambda index: array[index])
+
+
+def parts(mesh: Mesh | None) -> int:
+    """How many batches pass at once: one on each device along `data`."""
+    return 1 if mesh is None else mesh.shape[AXIS]
+
+
+def side_by_side(mesh: Mesh | None, run: Callable, sharded: tuple[bool, ...]) -> Callable:
+    """`run` for one batch on each device along `data`, each by itself: what it makes of a batch is what one device would, bit for bit.
+
+    `sharded`: of each argument, whether its axis 0 is examples, of `parts` batches then, as results' is; the others are whole on each device.
+    """
+    if mesh is None:
+        return run
+    specs = tuple(PartitionSpec(AXIS) if s else PartitionSpec() for s in sharded)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
+
+
+def gathered(mesh: Mesh | None, array: jax.Array) -> np.ndarray:
+    """All of an array of examples, on this process's host."""
+    if mesh is None or array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def everywhere(mesh: Mesh | None, tree: Any) -> Any:

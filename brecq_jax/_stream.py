@@ -1,16 +1,18 @@
 """The values that cross block boundaries, for all calibration examples, from the first block to the last."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from brecq_jax._calibrate import Hooks, forward
+from brecq_jax._calibrate import Hooks, runner
 from brecq_jax._graph import Graph
 from brecq_jax._interpret import Block
 from brecq_jax._memory import OnDisk, empty
+from brecq_jax._sharding import gathered, parts, spread
 
 
 class Passed(NamedTuple):
@@ -27,12 +29,14 @@ class Stream:
     `values`: id -> array with the examples on axis 0, of the last boundary that is held (`places`, see `_memory.Caches`; None: each of
     them, in memory). `passed`: the blocks since then; what they make is computed when it is asked for. A value is dropped after the
     last block that reads it, so that memory holds one boundary, not the whole net. `half`: float32 values are held in bfloat16.
+    `mesh`: each of its devices passes a batch by itself.
     """
 
     def __init__(
-        self, graph: Graph, blocks: Sequence[Block], inputs: Any, batch_size: int, places: Sequence[str] | None = None, half: bool = False
+        self, graph: Graph, blocks: Sequence[Block], inputs: Any, batch_size: int, places: Sequence[str] | None = None, half: bool = False,
+        mesh: Mesh | None = None,
     ):  # fmt: skip
-        self.types, self.batch_size, self.half = graph.flat.types, batch_size, half
+        self.types, self.batch_size, self.half, self.mesh = graph.flat.types, batch_size, half, mesh
         ids = graph.flat.inputs[graph.num_leaves :]
         self.values: dict[int, np.ndarray | OnDisk] = {i: np.asarray(a) for i, a in zip(ids, jax.tree.leaves(inputs), strict=True)}
         self.count = next(iter(self.values.values())).shape[0]
@@ -83,23 +87,25 @@ class Stream:
     def _in_batches(self, ids: Sequence[int], rows: np.ndarray, last: Passed | None = None, place: str = "memory"):
         """Values for the examples in `rows`; `last`: a block to pass, too."""
         results: list[np.ndarray | OnDisk] = []
-        for start in range(0, len(rows) if ids else 0, self.batch_size):
-            stop = min(start + self.batch_size, len(rows))
-            some = rows[np.minimum(np.arange(start, start + self.batch_size), len(rows) - 1)]  # the last one fills up
-            values = self._run(ids, some, last)
+        at_once = self.batch_size * parts(self.mesh)
+        passing = [(p.block, runner(p.block, p.params, p.hooks, self.mesh)) for p in [*self.passed, *([last] if last else [])]]
+        for start in range(0, len(rows) if ids else 0, at_once):
+            stop = min(start + at_once, len(rows))
+            some = rows[np.minimum(np.arange(start, start + at_once), len(rows) - 1)]  # the last one fills up
+            values = self._run(ids, some, passing)
             if not results:
                 results = [empty((len(rows), *v.shape[1:]), self._held_dtype(v.dtype, len(rows)), place == "disk") for v in values]
             for result, value in zip(results, values, strict=True):
-                result[start:stop] = np.asarray(value)[: stop - start]
+                result[start:stop] = value[: stop - start]
         return results
 
     def _held_dtype(self, dtype, rows: int):
         return jnp.bfloat16 if self.half and dtype == jnp.float32 and rows == self.count else dtype
 
-    def _run(self, ids: Sequence[int], rows: np.ndarray, last: Passed | None) -> list[jax.Array]:
-        """Values of one batch: what is held, and what the blocks since then make of it."""
-        env: dict[int, Any] = {}
-        for block, params, hooks in [*self.passed, *([last] if last else [])]:
-            inputs = [env[i] if i in env else self._read(i, rows) for i in block.ins]
-            env.update(zip(block.outs, forward(block, inputs, params, hooks), strict=True))
-        return [env[i] if i in env else self._read(i, rows) for i in ids]
+    def _run(self, ids: Sequence[int], rows: np.ndarray, passing: Sequence[tuple[Block, Callable]]) -> list[np.ndarray]:
+        """Values of one batch on each device: what is held, and what the blocks since then make of it."""
+        env: dict[int, jax.Array] = {}
+        for block, run in passing:
+            inputs = [env[i] if i in env else spread(self.mesh, self._read(i, rows)) for i in block.ins]
+            env.update(zip(block.outs, run(inputs), strict=True))
+        return [gathered(self.mesh, env[i]) if i in env else self._read(i, rows) for i in ids]

@@ -59,7 +59,7 @@ def quadratic_of(apply, params, x, exact_x):
     to = _quadratic.reach(block.program, 0, types, block.constants)
     step = block.program.steps[block.program.ops[0].step][0]
     assert not _quadratic.unread(block.program.ops[0], step, graph.weights[graph.ops[0].weight].channel_axes)
-    sums = _quadratic.statistics(block.program, 0, to, EVERY_ROW, (), False, [x], values, [exact_x], values, list(block.constants), {})
+    sums = _quadratic.statistics(block.program, 0, to, (), False, None, EVERY_ROW, ([x], [exact_x]), None, values, values, list(block.constants), {})
     return graph, to, sums
 
 
@@ -138,7 +138,7 @@ def test_lowering_the_quadratic_lowers_the_error_behind_a_relu():
 
     errors = [error(v)]
     for _ in range(5):
-        gram, cross, _ = _quadratic.statistics(block.program, 0, to, EVERY_ROW, (), False, [x], [v], [x], [w], list(block.constants), {})
+        gram, cross, _ = _quadratic.statistics(block.program, 0, to, (), False, None, EVERY_ROW, ([x], [x]), None, [v], [w], list(block.constants), {})
         v = jnp.linalg.solve(gram[0], cross[0])[:, None]
         errors.append(error(v))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.2 * errors[0]

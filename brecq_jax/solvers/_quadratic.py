@@ -9,17 +9,20 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from brecq_jax._calibrate import local_hooks
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import LocalOp, Program, run
 from brecq_jax._jaxpr import Step
+from brecq_jax._sharding import side_by_side
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 PROBES = (-9.0, -2.0, -0.5, 0.5, 3.0, 5.5, 6.5, 9.0)
@@ -181,12 +184,20 @@ def program_types(program: Program, inputs, params, constants) -> dict[int, jax.
     return dict(zip(ids, values, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _over_devices(mesh: Mesh | None, sums: Callable, inputs, counted, *shared):
+    """Sums over one batch on each device: those of all."""
+    if mesh is None:
+        return sums(inputs, counted, *shared)
+    each = side_by_side(mesh, lambda *a: jax.tree.map(lambda s: jnp.asarray(s)[None], sums(*a)), (True, True, *(False for _ in shared)))
+    return jax.tree.map(lambda s: s.sum(0), each(inputs, counted, *shared))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
 def statistics(
-    program: Program, number: int, to: Reach, keep: int, formats, whole_values,
-    inputs, params, exact_inputs, exact_params, constants, grids, counted=None,
+    program: Program, number: int, to: Reach, formats, whole_values: bool, mesh: Mesh | None, keep: int,
+    inputs, counted, params, exact_params, constants, grids,
 ):  # fmt: skip
-    """Sums over one batch: (H, b, rows), with inputs from the quantized prefix and targets from the float model.
+    """Sums over one batch on each device: (H, b, rows). `inputs`: from the quantized prefix, and from the float model for targets.
 
     About `keep` output rows of the batch are taken, evenly strided, if it has more. `counted`: 0 or 1 for each example, which the op's
     output has on axis 0; None: all count.
@@ -195,6 +206,12 @@ def statistics(
     current output, or the end of the range if that is nearer. The sum then bounds the error behind the clip from above
     and touches it at the current weight, so that lowering it lowers the error (majorisation).
     """
+    sums = functools.partial(_statistics, program, number, to, formats, whole_values, keep)
+    return _over_devices(mesh, sums, inputs, counted, params, exact_params, constants, grids)
+
+
+def _statistics(program, number, to, formats, whole_values, keep, inputs, counted, params, exact_params, constants, grids):
+    inputs, exact_inputs = inputs
     op, last = program.ops[number], next(n for n, (_, _, outs) in enumerate(program.steps) if to.end in outs)
     part = dataclasses.replace(program, steps=program.steps[: last + 1], outputs=(to.end,))
     (wanted,) = run(part, exact_inputs, exact_params, constants, on_op=fast_op)
@@ -233,9 +250,16 @@ def _kept_rows(op: LocalOp, step: Step, operands: list, shape: tuple[int, ...], 
     return output_rows(op, step, operands, examples)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def gram(program: Program, number: int, keep: int, inputs, params, constants, counted=None) -> Float[Array, "groups elements elements"]:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def gram(
+    program: Program, number: int, mesh: Mesh | None, keep: int, inputs, counted, params, constants
+) -> Float[Array, "groups elements elements"]:  # fmt: skip
     """xᵀx of op `number` over about `keep` of a batch's output rows, activations float. `counted`: as for `statistics`."""
+    return _over_devices(mesh, functools.partial(_gram, program, number, keep), inputs, counted, params, constants)
+
+
+def _gram(program, number, keep, inputs, counted, params, constants):
+    (inputs,) = inputs
     op = program.ops[number]
     step, ids, outs = program.steps[op.step]
     part = dataclasses.replace(program, steps=program.steps[: op.step + 1], outputs=outs)

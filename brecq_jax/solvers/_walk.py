@@ -17,6 +17,7 @@ from brecq_jax._graph import Op
 from brecq_jax._interpret import Block, param_values, whole
 from brecq_jax._memory import STREAM, OnDisk, plan_caches
 from brecq_jax._model import Problem, Quantized
+from brecq_jax._sharding import everywhere, here, parts, spread
 from brecq_jax._stream import Stream
 from brecq_jax.formats import ScalarFormat
 from brecq_jax.solvers._solver import Info, split
@@ -107,7 +108,7 @@ class Walk:
         problem.tell(self.caches.text)
         stream = min(self.caches.stream, len(self.train))
         self.graph, self.blocks = problem.graph(stream), problem.units(stream, unit)
-        held = self.caches.places, problem.bfloat16_caches
+        held = self.caches.places, problem.bfloat16_caches, problem.mesh
         self.exact, self.rough = (Stream(self.graph, self.blocks, problem.inputs, stream, *held) for _ in range(2))
         self.leaves = problem.leaves
         self.importance = None
@@ -126,7 +127,7 @@ class Walk:
         if len(self.graph.flat.outputs) != 1 or not self.graph.by_example.issuperset(self.graph.flat.outputs):
             return None
         net = whole(self.graph)
-        stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size)
+        stream = Stream(self.graph, [net], self.problem.inputs, self.exact.batch_size, mesh=self.problem.mesh)
         (outputs,) = stream.outputs(net, param_values(self.graph, net, self.leaves))
         return outputs if outputs.ndim >= 2 and outputs.shape[-1] > 1 and np.issubdtype(outputs.dtype, np.floating) else None
 
@@ -135,15 +136,23 @@ class Walk:
         q = model.weight(self.graph.weights[name])
         return q is not None and isinstance(q.format, ScalarFormat)
 
-    def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(examples, 1 for each that counts): each that is learned from counts once; the last batch is filled up with the first examples."""
-        size, count = self.rough.batch_size, len(self.train)
-        places = [np.arange(start, start + size) for start in range(0, count, size)]
-        return [(self.train[at % count], (at < count).astype(np.float32)) for at in places]
+    def summed(self, op: Op, block: Block, streams: Sequence[Stream], rows: int, statistic: Callable, *shared):
+        """Σ of `statistic(mesh, keep, inputs of each stream, counted, *shared)` over the batches of what is learned from.
 
-    def masked(self, op: Op) -> bool:
-        """Whether an op's output says which examples of `batches` count. Where they are not on its axis 0, those that fill up count twice."""
-        return bool(len(self.train) % self.rough.batch_size) and self.graph.flat.steps[op.step].outputs[0] in self.graph.by_example
+        `keep`: how many of about `rows` output rows in all are a batch's. The last batch is filled up with the first examples: `counted`
+        is 0 for those. Where an op's examples are not on its output's axis 0 it is None, and they count twice.
+        """
+        size, count = self.rough.batch_size, len(self.train)
+        tells = self.graph.flat.steps[op.step].outputs[0] in self.graph.by_example
+        mesh = self.problem.mesh if tells else None
+        at_once, shared, total = size * parts(mesh), everywhere(mesh, shared), None
+        for start in range(0, count, at_once):
+            at = np.arange(start, start + at_once)
+            inputs = [[spread(mesh, a) for a in stream.inputs(block, self.train[at % count])] for stream in streams]
+            counted = spread(mesh, (at < count).astype(np.float32)) if tells and count % at_once else None
+            part = statistic(mesh, -(-rows // -(-count // size)), inputs, counted, *shared)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        return here(mesh, total)
 
     def judge(self, unit: Unit, model: Quantized) -> float:
         """The unit's error with this model, on the examples that judge."""

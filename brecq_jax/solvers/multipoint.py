@@ -86,15 +86,12 @@ def _readable(q: QArray | None, program: Program, local: LocalOp) -> bool:
 def _add_points(walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, found = current.values(walk.graph, block), {}
-    batches = walk.batches()
     for number, (op, local) in enumerate(zip(block.ops, block.program.ops, strict=True)):
         q = current.weight(walk.graph.weights[op.weight])
         if op.weight not in unit.weights or op.weight in found or not _readable(q, block.program, local):
             continue
-        keep, masked, total = -(-ROWS // len(batches)), walk.masked(op), 0.0
-        for rows, counts in batches:
-            inputs = walk.rough.inputs(block, rows)
-            total += _quadratic.gram(block.program, number, keep, inputs, params, list(block.constants), counts if masked else None)
+        gram = functools.partial(_quadratic.gram, block.program, number)
+        total = walk.summed(op, block, [walk.rough], ROWS, gram, params, list(block.constants))
         codes, grid = _fit(q.format, float_rows(floats[local.weight], q.channel_axes), total)
         found[op.weight] = dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes), grid=grid)
         params[local.weight] = found[op.weight].decode()

@@ -5,7 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
 from brecq_jax._calibrate import learned_outputs
 from brecq_jax._graph import Op
@@ -70,7 +69,6 @@ def _unread(walk: Walk, model: Quantized, op: Op, local: LocalOp, block: Block) 
 def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantized:
     block, floats = unit.block, param_values(walk.graph, unit.block, walk.leaves)
     params, learned = current.values(walk.graph, block), {}
-    batches = walk.batches()
     inputs = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in (walk.graph.flat.types[i] for i in block.ins)]
     types = _quadratic.program_types(block.program, inputs, params, block.constants)
     hooks = walk.hooks(current)
@@ -80,16 +78,12 @@ def _round_unit(settings, walk: Walk, unit: Unit, current: Quantized) -> Quantiz
             continue
         q = current.weight(walk.graph.weights[op.weight])
         to = _quadratic.reach(block.program, number, types, block.constants)
-        keep = -(-settings.rows // len(batches))
-        masked = walk.masked(op)
         weight = float_rows(floats[local.weight], q.channel_axes)
         found, grid = _decoded(q), q.grid
         for _ in range(settings.rounds):
-            total = None
-            for rows, counts in batches:
-                arguments = walk.rough.inputs(block, rows), params, walk.exact.inputs(block, rows), floats, list(block.constants), grids
-                part = _quadratic.statistics(block.program, number, to, keep, formats, whole_values, *arguments, counts if masked else None)
-                total = part if total is None else jax.tree.map(jnp.add, total, part)
+            statistics = functools.partial(_quadratic.statistics, block.program, number, to, formats, whole_values)
+            streams, shared = [walk.rough, walk.exact], (params, floats, list(block.constants), grids)
+            total = walk.summed(op, block, streams, settings.rows, statistics, *shared)
             found, grid = _searched(q.format, settings.damping, *_means(*total), grid, weight, found)
             params[local.weight], learned[op.weight] = _written(q, found, grid)
             if math.isinf(to.low):
