@@ -16,6 +16,7 @@ First and last layer have 8 bits. Figures are the config's, and of all the outpu
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 
@@ -124,17 +125,23 @@ def on_random_channels(quantized, params, draw):
         if not (is_qarray(q) and isinstance(q.format, Multipoint)):
             return q
         counts = jnp.asarray(draw.permutation(np.asarray(q.format.counts(q.grid))))
-        calls = iter(range(-1, q.format.points))
-
-        def energy(difference):  # first of the rows, then of what each further point leaves: enough with as many as were dealt
-            number = next(calls)
-            return jnp.ones(len(counts)) if number < 0 else jnp.where(counts <= number + 1, 0.0, jnp.inf)
-
-        rows = to_rows(jnp.asarray(weight, jnp.float32), q.channel_axes)
-        grid = q.format.fit_by(rows, energy)
-        return dataclasses.replace(q, codes=from_rows(q.format.encode(rows, grid), q.shape, q.channel_axes), grid=grid)
+        codes, grid = _with_counts(q.format, to_rows(jnp.asarray(weight, jnp.float32), q.channel_axes), counts)
+        return dataclasses.replace(q, codes=from_rows(codes, q.shape, q.channel_axes), grid=grid)
 
     return dataclasses.replace(quantized, params=jax.tree.map(dealt, quantized.params, params, is_leaf=is_qarray))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_counts(format, rows, counts):
+    """(codes, grid) of rows with so many points each."""
+    calls = iter(range(-1, format.points))
+
+    def energy(difference):  # first of the rows, then of what each further point leaves: enough with as many as were dealt
+        number = next(calls)
+        return jnp.ones(len(counts)) if number < 0 else jnp.where(counts <= number + 1, 0.0, jnp.inf)
+
+    grid = format.fit_by(rows, energy)
+    return format.encode(rows, grid), grid
 
 
 def lapq(known, experiment):
