@@ -41,8 +41,8 @@ class Journal:
         self.folder, self.count = folder, 0
         self.last = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).digest()
 
-    def next(self, block: str, like: Any) -> tuple[Any, list[dict]] | None:
-        """What was found for the next block: (a tree of arrays as `like`, its infos); None if it is to be done."""
+    def next(self, block: str, like: Any) -> tuple[Any, list[dict], list[str]] | None:
+        """What was found for the next block: (a tree of arrays as `like`, its infos, its notes); None if it is to be done."""
         packed = _everywhere(self._read(block))
         if packed is None:
             return None
@@ -50,9 +50,10 @@ class Journal:
         if len(arrays) != sum(a.nbytes for a in jax.tree.leaves(like)):
             return None
         self._follow(arrays)
-        return _tree_of(arrays, like), json.loads(line)["infos"]
+        kept = json.loads(line)
+        return _tree_of(arrays, like), kept["infos"], kept["notes"]
 
-    def add(self, block: str, found: Any, infos: list[dict]):
+    def add(self, block: str, found: Any, infos: list[dict], notes: list[str]):
         """Keep what was found for the next block.
 
         Raises:
@@ -60,7 +61,7 @@ class Journal:
         """
         arrays = _bytes_of(found)
         if jax.process_index() == 0:
-            line = json.dumps({"block": block, "before": self.last.hex(), "infos": infos}).encode()
+            line = json.dumps({"block": block, "before": self.last.hex(), "infos": infos, "notes": notes}).encode()
             write_whole(self._path(), _sealed(line + b"\n" + arrays))
         self._follow(arrays)
 

@@ -116,6 +116,17 @@ def test_a_damaged_description_of_the_run_is_made_anew(tmp_path, learned, damage
     assert not learned
 
 
+def test_what_a_block_had_to_say_is_said_again(tmp_path):
+    def looped(params, x):  # the second layer runs in a loop that JAX has no gradient of
+        x = jax.nn.relu(x @ params["layers"][0])
+        x = jax.lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, jnp.tanh(s[1] @ params["layers"][1])), (0, x))[1]
+        return x @ params["head"]
+
+    whole = quantize(tmp_path, apply_fn=looped)
+    (note,) = (n for n in whole.report.notes if "is not learned" in n)
+    assert note in quantize(tmp_path, apply_fn=looped).report.notes
+
+
 def test_files_that_changed_places_are_not_taken(tmp_path):
     quantize(tmp_path)
     for one, two in (("run", "00001"), ("00000", "00002")):

@@ -97,7 +97,9 @@ class Walk:
         self, problem: Problem, batch_size: int = STREAM, unit: str | None = None, error: Callable = squared_error,
         activations: bool = False, key: jax.Array | None = None, dropping: bool = False,
     ):  # fmt: skip
-        self.problem, self.error, self.activations = problem, error, activations
+        self.notes: list[str] = []  # of the unit in work
+        self.problem = dataclasses.replace(problem, note=lambda text: self.notes.append(text) or problem.note(text))
+        self.error, self.activations = error, activations
         self.train, self.held_out = split(problem.count)
         self.batch_size = min(batch_size, len(self.train))
         graph, blocks = self.drawn_graph, self.drawn_blocks = problem.graph(self.batch_size), problem.units(self.batch_size, unit)  # what a loop runs
@@ -217,8 +219,11 @@ class Walk:
         """The model with this unit bettered, or with what an interrupted run found for it."""
         journal, name = self.problem.journal, unit.block.name
         if journal and (kept := journal.next(name, self.decided_in(unit, current))):
-            (found, grids), infos = kept
+            (found, grids), infos, notes = kept
+            for text in notes:
+                self.problem.note(text)
             return current.with_weights(found, self.graph).with_activations(grids), infos
+        self.notes.clear()
         error, infos = self.judge(unit, current), []
         if math.isnan(error):
             self.problem.note(
@@ -232,7 +237,7 @@ class Walk:
             if after < error:
                 current, error = better, after
         if journal:
-            journal.add(name, self.decided_in(unit, current), infos)
+            journal.add(name, self.decided_in(unit, current), infos, self.notes)
         return current, infos
 
     def decided_in(self, unit: Unit, model: Quantized) -> tuple[dict, dict]:
