@@ -157,6 +157,12 @@ PASSES = """
     def codes(q):
         return np.concatenate([np.ravel(x.codes) for x in jax.tree.leaves(q.params, is_leaf=lambda x: isinstance(x, brecq_jax.QArray))])
 
+    alone, shared = (
+        brecq_jax.mixed_precision.measure(made.params, made.apply_fn, made.calib_ds, activations=(Uniform(4), Uniform(8)), mesh=m, progress=False)
+        for m in (None, mesh)
+    )
+    assert alone.losses == shared.losses and alone.interactions == shared.interactions and alone.interactions
+
     for solver, weights in ((solvers.second_order(), Uniform(3)), (solvers.multipoint(), Multipoint(3, points=3, tolerance=0.1))):
         alone, shared = quantized(None, solver, weights), quantized(mesh, solver, weights)
         agreement = np.mean(codes(alone) == codes(shared))

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import Block, Program, run
 from brecq_jax._model import Quantized, site_hooks
+from brecq_jax._sharding import everywhere, gathered, parts, side_by_side, spread
 from brecq_jax._stream import Stream
 from brecq_jax.formats import Grid, fake_quantize
 
@@ -56,12 +58,14 @@ def block_losses(
         "floats": list(floats), "constants": list(block.constants), "stacks": {slot: jnp.stack(own) for slot, own in stacks.items()},
         "grids": [[jax.tree.map(jnp.squeeze, own[block.sites[s]]) for own in candidates.grids] for s in sites.values()],
     }  # fmt: skip
-    total = np.zeros(len(rows))
-    for start in range(0, stream.count, stream.batch_size):
-        some = np.arange(start, start + stream.batch_size)
+    total, mesh = np.zeros(len(rows)), stream.mesh
+    arguments = everywhere(mesh, arguments)
+    for start in range(0, stream.count, stream.batch_size * parts(mesh)):
+        some = np.arange(start, start + stream.batch_size * parts(mesh))
         real, some = some < stream.count, np.minimum(some, stream.count - 1)  # the last one fills up
         batch = jax.tree.map(lambda a, some=some: a[some], (stream.inputs_of(block), list(outputs.values())))
-        total += np.asarray(_errors(static, *batch, real, arguments, rows), np.float64)
+        batch = jax.tree.map(lambda a: spread(mesh, a), (*batch, real))
+        total += gathered(mesh, _errors(static, mesh, *batch, arguments, rows)).astype(np.float64).sum(0)
     errors = total / stream.count
     found: dict[tuple[str, ...], Any] = {}
     names, at = [*slots, *sites], 0
@@ -89,9 +93,14 @@ def _configurations(choices: list[int], weights: int) -> tuple[np.ndarray, list[
     return rows, sets
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _errors(static: Static, inputs, outputs, real, arguments, rows):
-    """Errors of all configurations, summed over the real examples of a batch."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _errors(static: Static, mesh: Mesh | None, inputs, outputs, real, arguments, rows):
+    """Errors of all configurations, summed over the real examples of the batch of each device: (batches, configurations)."""
+    sums = functools.partial(_sums, static)
+    return side_by_side(mesh, lambda *a: sums(*a)[None], (True, True, True, False, False))(inputs, outputs, real, arguments, rows)
+
+
+def _sums(static: Static, inputs, outputs, real, arguments, rows):
     def one(row):
         values = list(arguments["floats"])
         for d, slots in enumerate(static.weights):

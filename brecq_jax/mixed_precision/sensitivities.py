@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from brecq_jax import data
@@ -20,6 +21,7 @@ from brecq_jax._journal import write_whole
 from brecq_jax._model import Problem, Program, Quantized
 from brecq_jax._plan import Plan, make_plan
 from brecq_jax._progress import bar
+from brecq_jax._sharding import data_mesh
 from brecq_jax._stream import Stream
 from brecq_jax.formats import Format, Uniform
 from brecq_jax.formats._record import from_record, to_record
@@ -107,6 +109,7 @@ def measure(
     blocks: str | Sequence[str] = "block",
     inputs: Any = None,
     loss: Callable | None = None,
+    mesh: Mesh | None = None,
     key: jax.Array | None = None,
     progress: bool = True,
 ) -> Sensitivities:
@@ -115,7 +118,7 @@ def measure(
         sensitivities = mixed_precision.measure(variables, model.apply, images, preset="brecq")
 
     One pass over the calibration set with float block inputs; all configurations of a block are one compiled program, which
-    blocks of one shape share.
+    blocks of one shape share; on a mesh each device runs it on batches of its own.
 
     Args:
       weights, activations: the choices, fewest bits first, where all points of a `Multipoint` count; no activations: they are not searched.
@@ -125,7 +128,7 @@ def measure(
         itself. A sequence is a solver, or None, for each choice: `[None, solvers.multipoint()]` for `[Uniform(4), Multipoint(3)]`.
       error: `error(output, target, importance)` of each example, as reconstruction's. `divergence`, `solvers.fisher_error` and
         `position_error` get Fisher weights, others None.
-      params, apply_fn, calib_ds, blocks, inputs, loss, key, progress: as of `quantize`.
+      params, apply_fn, calib_ds, blocks, inputs, loss, mesh, key, progress: as of `quantize`.
 
     Raises:
       TypeError: choices that are no formats.
@@ -140,7 +143,7 @@ def measure(
     params = jax.tree.map(jnp.asarray, params)
     examples = data.materialize(calib_ds, inputs)
     with bar(progress) as show:
-        problem = Problem(apply_fn, params, None, examples.arrays, examples.count, blocks, loss, show=show)
+        problem = Problem(apply_fn, params, None, examples.arrays, examples.count, blocks, loss, show=show, mesh=data_mesh(mesh))
         graph = problem.graph(min(BATCH, examples.count))
         weights = tuple(next(iter(make_plan(graph, format, None).weights.values())) for format in weights)  # as plans have them
         activations = tuple(next(iter(make_plan(graph, None, format).activations.values())) for format in activations)
@@ -204,7 +207,7 @@ def _walk(problem: Problem, graph: Graph, candidates: Candidates, open: set[str]
     """Losses and interactions of all open decisions, block by block."""
     size = min(BATCH, problem.count)
     blocks = problem.units(size)
-    stream = Stream(graph, blocks, problem.inputs, size)
+    stream = Stream(graph, blocks, problem.inputs, size, mesh=problem.mesh)
     importance = None
     if error is divergence or error in WEIGHTED:
         importance = fisher(problem, blocks, key, normalised=error is not divergence)
