@@ -113,7 +113,6 @@ def quantize(
 # docs/results.md has the tables that chose it. Published schedules have names: `solvers.adaround()`, `solvers.brecq()`.
 DEFAULT_SOLVER = solvers.annealed()
 
-ONE_DEVICE = ("lapq", "distilled")  # modules of solvers that share nothing
 MIN_EXAMPLES = 8  # one of them judges what is learned from the others
 NO_PLAN = Plan({}, {}, False, None, (), 0, 0, ())
 
@@ -153,9 +152,8 @@ def _check_key(key: Any):
 
 def _idle(solver: Solver, mesh: Mesh | None) -> tuple[str, ...]:
     """A note where devices of the mesh have nothing to do: a chain of solvers may use them, and has none."""
-    room, _, name = getattr(solver, "__module__", "").rpartition(".")
-    idle = mesh is not None and mesh.size > 1 and room == solvers.__name__ and name in ONE_DEVICE
-    return (f"mesh: solvers.{name} works on one device; the others are idle (docs/pods.md)",) if idle else ()
+    idle = mesh is not None and mesh.size > 1 and getattr(solver, "__module__", "") == solvers.distilled.__module__
+    return ("mesh: solvers.distilled works on one device; the others are idle (docs/pods.md)",) if idle else ()
 
 
 def _constant(inputs: Any) -> tuple[str, ...]:

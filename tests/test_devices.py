@@ -103,12 +103,13 @@ IDLE = """
     from brecq_jax._quantize import _idle
 
     mesh = jax.make_mesh((8,), ("data",))
-    x = jax.random.normal(jax.random.key(0), (8, 4))
-    quantized = brecq_jax.quantize(jnp.eye(4), lambda w, x: x @ w, x, solver=solvers.lapq(), mesh=mesh, progress=False)
-    assert "mesh: solvers.lapq works on one device; the others are idle (docs/pods.md)" in quantized.report.notes
-    assert all(_idle(solver, mesh) for solver in (solvers.lapq(), solvers.distilled(lambda params, x: {})))
-    assert not any(_idle(solver, mesh) for solver in (solvers.second_order(), solvers.adaround(), solvers.annealed(), lambda problem, guess, key: (guess, ())))
-    assert not _idle(solvers.lapq(), None)
+    x, features = jax.random.normal(jax.random.key(0), (8, 4)), lambda w, x: {"hidden": [], "scores": [], "logits": x @ w}
+    distilled = solvers.distilled(features, solvers.Distillation(num_steps=1, batch_size=2, checks=1))
+    quantized = brecq_jax.quantize(jnp.eye(4), lambda w, x: x @ w, x, solver=distilled, mesh=mesh, progress=False)
+    assert "mesh: solvers.distilled works on one device; the others are idle (docs/pods.md)" in quantized.report.notes
+    assert _idle(distilled, mesh) and not _idle(distilled, None)
+    shared = solvers.second_order(), solvers.lapq(), solvers.adaround(), solvers.annealed(), lambda problem, guess, key: (guess, ())
+    assert not any(_idle(solver, mesh) for solver in shared)
 """
 
 
@@ -128,7 +129,7 @@ PASSES = """
     from brecq_jax._model import Problem
     from brecq_jax._stream import Stream
     from brecq_jax._interpret import param_values
-    from brecq_jax.formats import Multipoint, Uniform
+    from brecq_jax.formats import Affine, Multipoint, Uniform
 
     made = load_config(sys.argv[1], ["--config.count=99"]).build()  # four batches of 32, the last one nearly empty
     plan = brecq_jax.make_plan(brecq_jax.trace(made.apply_fn, made.params, made.calib_ds[:2]), Uniform(3), Uniform(8))
@@ -162,6 +163,9 @@ PASSES = """
         for m in (None, mesh)
     )
     assert alone.losses == shared.losses and alone.interactions == shared.interactions and alone.interactions
+
+    one, shared = (quantized(m, solvers.lapq(iterations=1, batch_size=16), Affine(3, granularity="per_tensor")) for m in (None, mesh))
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(shared), jax.tree.leaves(one))
 
     for solver, weights in ((solvers.second_order(), Uniform(3)), (solvers.multipoint(), Multipoint(3, points=3, tolerance=0.1))):
         alone, shared = quantized(None, solver, weights), quantized(mesh, solver, weights)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from brecq_jax._calibrate import Hooks, forward, observe, run_local
@@ -17,6 +19,7 @@ from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._interpret import param_values, whole
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, float_rows, from_rows
+from brecq_jax._sharding import everywhere, gathered, parts, side_by_side, spread
 from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
@@ -125,9 +128,14 @@ class _Net(NamedTuple):
     correct_means: bool
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _loss(net: _Net, octaves, grids: Mapping[tuple[str, int], Grid], params, constants, batch) -> Float[Array, ""]:
-    """Sum over a batch of the net's loss, with every grid so many octaves wider. Compiled once: what is searched is an argument."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _loss(net: _Net, mesh: Mesh | None, batch, octaves, grids: Mapping[tuple[str, int], Grid], params, constants) -> Float[Array, " batches"]:
+    """Sums of the net's loss over the batch of each device, with every grid so many octaves wider. Compiled once: what is searched is an argument."""
+    sums = functools.partial(_summed_loss, net)
+    return side_by_side(mesh, lambda *a: sums(*a)[None], (True, False, False, False, False))(batch, octaves, grids, params, constants)
+
+
+def _summed_loss(net: _Net, batch, octaves, grids, params, constants) -> Float[Array, ""]:
     inputs, targets, counted = batch
     grids = _wider(net, octaves, grids)
     params = list(params)
@@ -173,7 +181,9 @@ class _Search:
         else:
             self.targets = [self.class_numbers(labels)]
         self.read_tensors(problem, guess)
-        self.train_batches, self.octaves = self.batches(self.train), np.zeros(len(self.net.tensors))
+        self.train_batches = [jax.tree.map(lambda a: spread(problem.mesh, a), b) for b in self.batches(self.train, parts(problem.mesh))]
+        self.octaves = np.zeros(len(self.net.tensors))
+        self.shared = everywhere(problem.mesh, (self.params, list(self.block.constants)))
 
     def class_numbers(self, labels) -> Int[np.ndarray, " examples"]:
         """The labels, checked against the examples and the logits."""
@@ -225,13 +235,13 @@ class _Search:
             block.program, self.error, formats, whole_values, tuple(written), tuple(tensors), self.settings.correct_means
         )  # fmt: skip
 
-    def batches(self, rows: np.ndarray) -> list:
-        """(inputs, targets, 1 for each example that counts), all of one size: the last one is filled up."""
-        found = []
-        for start in range(0, len(rows), self.size):
-            some = rows[np.minimum(np.arange(start, start + self.size), len(rows) - 1)]
-            counted = (np.arange(start, start + self.size) < len(rows)).astype(np.float32)
-            found.append(([jnp.asarray(self.inputs[i][some]) for i in self.block.ins], [jnp.asarray(t[some]) for t in self.targets], counted))
+    def batches(self, rows: np.ndarray, at_once: int = 1) -> list:
+        """(inputs, targets, 1 for each example that counts), so many batches in one, all of one size: the last one is filled up."""
+        found, size = [], self.size * at_once
+        for start in range(0, len(rows), size):
+            some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+            counted = (np.arange(start, start + size) < len(rows)).astype(np.float32)
+            found.append(([self.inputs[i][some] for i in self.block.ins], [t[some] for t in self.targets], counted))
         return found
 
     def float_outputs(self) -> list[np.ndarray]:
@@ -242,8 +252,10 @@ class _Search:
 
     def loss(self, grids, octaves: np.ndarray) -> float:
         """The mean loss of the examples that are learned from."""
-        octaves, constants = jnp.asarray(octaves, jnp.float32), list(self.block.constants)
-        value = float(sum(_loss(self.net, octaves, grids, self.params, constants, batch) for batch in self.train_batches))
+        mesh = self.problem.mesh
+        searched = everywhere(mesh, (jnp.asarray(octaves, jnp.float32), grids))
+        sums = (gathered(mesh, _loss(self.net, mesh, batch, *searched, *self.shared)) for batch in self.train_batches)
+        value = float(sum(itertools.chain.from_iterable(sums), np.float32(0)))
         if not np.isfinite(value):
             raise ValueError("lapq: the loss is not finite on the calibration inputs. Check params, inputs and labels.")
         return value / len(self.train)
