@@ -10,7 +10,7 @@ A step of `batch` examples on N devices takes
 where macs are the block's for one example (forward and backward are three passes of two operations each), bytes are what a step writes and
 reads: the values of `batch` / N examples (what enters, what ops make, four bytes each, six times) and the rounding's variables with Adam's
 (4 bytes, 10 times). A block takes `steps` of these and the passes without gradients of all `count` examples, in batches that devices share out: targets,
-two judgements on an eighth, and the prefix's outputs, 2.25 forward passes. Seconds here are those of the processor, which other work shares.
+two judgements on an eighth, and the prefix's outputs, 2.25 forward passes on one device. Seconds here are those of the processor, which other work shares.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from brecq_jax._memory import STEP, STREAM
 from brecq_jax.models.decoder import Decoder
 from brecq_jax.solvers._loop import batches
 
-VALUES_TOUCHED, VARIABLES_TOUCHED, PASSES = 6, 10, 2.25
+VALUES_TOUCHED, VARIABLES_TOUCHED = 6, 10
+PASSES = ((2, 1), (2, 8))  # times, of one example in so many: targets and the prefix's outputs; two judgements
 VARIABLES = 6  # of a weight, 4 bytes each, that a loop holds: choices, Adam's two, a gradient, two ends
 DENSE = [Shape("basic", (Convolution(width, 4 * width, 1), Convolution(4 * width, width, 1)), 8) for width in (64, 128)]
 BLOCKS = [
@@ -75,7 +76,9 @@ def step_bytes(work: Work, own: float) -> float:
 
 def passes_seconds(work: Work, count: int, machine: Machine, devices: int = 1) -> float:
     """The passes around a block's loop: each device takes whole batches."""
-    return PASSES * -(-count // (STREAM * devices)) * STREAM * 2 * work.macs / machine.flops
+    batches = -(-count // STREAM)
+    passed = sum(times * -(-batches // (share * devices)) for times, share in PASSES)
+    return passed * STREAM * 2 * work.macs / machine.flops
 
 
 def device_bytes(work: Work, batch: int, count: int, devices: int = 1) -> float:

@@ -108,7 +108,7 @@ def observe(problem: Problem, leaves: Sequence[jax.Array], names: Sequence[str])
         batch = [spread(problem.mesh, flat_inputs[i][rows.reshape(-1)], batch_size) for i in block.ins]
         values = _observe(block.program, batch_size, problem.mesh, batch, *shared)
         for site, sample in values.items():
-            own = [gathered(problem.mesh, a)[: len(rows) * (SAMPLES_PER_BATCH + 2)] for a in sample]
+            own = [gathered(problem.mesh, a, len(rows) * (SAMPLES_PER_BATCH + 2)) for a in sample]
             found.setdefault(block.sites[site], []).append(Sample(*own))
     return {name: Sample(*map(np.concatenate, zip(*found[name], strict=True))) for name in names}
 
@@ -190,27 +190,31 @@ def fisher(
     chunk = min(chunk, problem.count)
     at_once = chunk * parts(problem.mesh)
 
-    def read(rows):
-        return gradients(leaves, [spread(problem.mesh, a[rows][:, None]) for a in inputs], spread(problem.mesh, keys[rows]))
+    def read(some: slice):
+        return gradients(leaves, [spread(problem.mesh, a[some][:, None], chunk) for a in inputs], spread(problem.mesh, keys[some], chunk))
+
+    def types(array, *shape):
+        return jax.ShapeDtypeStruct((at_once, *shape), jax.dtypes.canonicalize_dtype(array.dtype))
 
     try:
-        check_gradient(graph.flat.steps, lambda: jax.eval_shape(read, np.zeros(at_once, np.int64)))
+        own = [types(a, 1, *a.shape[1:]) for a in inputs], types(keys, *keys.shape[1:])
+        check_gradient(graph.flat.steps, lambda: jax.eval_shape(gradients, leaves, *own))
     except NoGradient as error:
         raise ValueError(
             f"Fisher weights are gradients through the whole net, and JAX has none of its {error}. Write an error that takes none: "
             "solvers.annealed(), or error=solvers.squared_error."
         ) from error
     for start in range(0, problem.count, at_once):
-        rows = np.minimum(np.arange(start, start + at_once), problem.count - 1)
         stop = min(start + at_once, problem.count)
-        for (n, position), grad in read(rows).items():
+        for (n, position), grad in read(slice(start, stop)).items():
             shape = (problem.count, *grad.shape[2:])
             target = found[n].setdefault(position, None)
             if target is None:
                 target = found[n][position] = empty(shape, dtype, on_disk)
-            squares = np.square(gathered(problem.mesh, grad)[: stop - start, 0].astype(np.float32))
+            squares = np.square(gathered(problem.mesh, grad, stop - start)[:, 0].astype(np.float32))
             target[start:stop] = squares
-            totals[n, position] = totals.get((n, position), 0.0) + float(squares.sum(dtype=np.float64))
+            for first in range(0, len(squares), chunk):  # in the order of one device
+                totals[n, position] = totals.get((n, position), 0.0) + float(squares[first : first + chunk].sum(dtype=np.float64))
         problem.show(stop, problem.count, "Fisher weights")
     for (n, position), total in totals.items() if normalised else ():
         value = found[n][position]

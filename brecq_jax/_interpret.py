@@ -124,6 +124,8 @@ def run(
             operands[slot] = on_input(number, operands[slot])
         if on_op and position in op_of:
             results = on_op(op_of[position], step, operands)
+        if step.primitive == "sharding_constraint" and jax.sharding.get_abstract_mesh().manual_axes:
+            results = operands  # one of several devices, each with a batch of its own: nothing to lay out
         for ident, value in zip(outs, step.run(*operands) if results is None else results, strict=True):
             write(ident, value)
     return tuple(env[i] for i in program.outputs)

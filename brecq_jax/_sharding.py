@@ -1,12 +1,12 @@
 """Arrays on a mesh: examples spread over its axis `data`, everything else on each of its devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "data"
@@ -33,11 +33,14 @@ def over_examples(mesh: Mesh) -> NamedSharding:
 
 def spread(mesh: Mesh | None, array: np.ndarray, batch_size: int = 1) -> jax.Array:
     """An array of examples, a part of it on each device; the last example again until batches of this size can be shared out evenly."""
+    count = len(array) + -len(array) % (parts(mesh) * batch_size)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return array[start:stop] if stop <= len(array) else array[np.minimum(np.arange(start, stop), len(array) - 1)]
+
     if mesh is None:
-        return jnp.asarray(array)
-    missing = -len(array) % (mesh.shape[AXIS] * batch_size)
-    array = np.concatenate([array, array[-1:].repeat(missing, 0)]) if missing else np.asarray(array)
-    return jax.make_array_from_callback(array.shape, over_examples(mesh), lambda index: array[index])
+        return jnp.asarray(rows(0, count))
+    return jax.make_array_from_callback((count, *array.shape[1:]), over_examples(mesh), lambda index: rows(*index[0].indices(count)[:2]))
 
 
 def parts(mesh: Mesh | None) -> int:
@@ -56,11 +59,31 @@ def side_by_side(mesh: Mesh | None, run: Callable, sharded: tuple[bool, ...]) ->
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
 
 
-def gathered(mesh: Mesh | None, array: jax.Array) -> np.ndarray:
-    """All of an array of examples, on this process's host."""
+def gathered(mesh: Mesh | None, array: jax.Array, count: int | None = None) -> np.ndarray:
+    """The first `count` of an array of examples, or all, on this process's host."""
+    count = array.shape[0] if count is None else count
     if mesh is None or array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        return np.asarray(array)[:count] if mesh is None else _of_shards(array, count)
+    return np.asarray(_everywhere(mesh, count, array).addressable_data(0))
+
+
+def _of_shards(array: jax.Array, count: int) -> np.ndarray:
+    found = np.empty((count, *array.shape[1:]), array.dtype)
+    for shard in array.addressable_shards:
+        start, stop, _ = shard.index[0].indices(array.shape[0])
+        if start < count:
+            found[start:stop] = np.asarray(shard.data)[: count - start]
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _everywhere(mesh: Mesh, count: int, array):
+    return replicated(mesh, array[:count])
+
+
+def replicated(mesh: Mesh, tree: Any) -> Any:
+    """In a compiled program: all of each array on each device."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def everywhere(mesh: Mesh | None, tree: Any) -> Any:
@@ -71,8 +94,11 @@ def everywhere(mesh: Mesh | None, tree: Any) -> Any:
 def _copied(mesh: Mesh, array: Any) -> jax.Array:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_copied(mesh, jax.random.key_data(array)), impl=jax.random.key_impl(array))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
     array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec()), lambda index: array[index])
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def here(mesh: Mesh | None, tree: Any) -> Any:

@@ -16,11 +16,10 @@ from brecq_jax._sharding import gathered, parts, spread
 
 
 class Passed(NamedTuple):
-    """A block that the stream has passed, as it was run."""
+    """A block that the stream has passed, and how it was run."""
 
     block: Block
-    params: list[jax.Array]
-    hooks: Hooks | None
+    run: Callable[[Sequence[jax.Array]], tuple[jax.Array, ...]]
 
 
 class Stream:
@@ -59,12 +58,12 @@ class Stream:
         self, block: Block, params: Sequence[jax.Array], hooks: Hooks | None = None, rows: np.ndarray | None = None, place: str = "memory"
     ) -> list[np.ndarray | OnDisk]:
         """The block's outputs for all examples, or for those in `rows`. Values that are not held per example are broadcast."""
-        return self._in_batches(block.outs, np.arange(self.count) if rows is None else rows, Passed(block, list(params), hooks), place)
+        return self._in_batches(block.outs, np.arange(self.count) if rows is None else rows, self._passed(block, params, hooks), place)
 
     def advance(self, block: Block, params: Sequence[jax.Array], hooks: Hooks | None = None, outputs: Sequence | None = None):
         """Pass the block, whose `outputs` may be there already; drop what no later block reads."""
         self.position += 1
-        self.passed.append(Passed(block, list(params), hooks))
+        self.passed.append(self._passed(block, params, hooks))
         place = self.places[self.position]
         if place == "recomputed":
             return
@@ -77,6 +76,9 @@ class Stream:
         self.values = {i: v for i, v in {**self.values, **found}.items() if i in needed}
         self.passed = []
 
+    def _passed(self, block: Block, params: Sequence[jax.Array], hooks: Hooks | None) -> Passed:
+        return Passed(block, runner(block, params, hooks, self.mesh))
+
     def _is_made(self, ident: int) -> bool:
         return any(ident in p.block.outs for p in self.passed)
 
@@ -88,24 +90,22 @@ class Stream:
         """Values for the examples in `rows`; `last`: a block to pass, too."""
         results: list[np.ndarray | OnDisk] = []
         at_once = self.batch_size * parts(self.mesh)
-        passing = [(p.block, runner(p.block, p.params, p.hooks, self.mesh)) for p in [*self.passed, *([last] if last else [])]]
         for start in range(0, len(rows) if ids else 0, at_once):
             stop = min(start + at_once, len(rows))
-            some = rows[np.minimum(np.arange(start, start + at_once), len(rows) - 1)]  # the last one fills up
-            values = self._run(ids, some, passing)
+            values = self._run(ids, rows[start:stop], last)
             if not results:
                 results = [empty((len(rows), *v.shape[1:]), self._held_dtype(v.dtype, len(rows)), place == "disk") for v in values]
             for result, value in zip(results, values, strict=True):
-                result[start:stop] = value[: stop - start]
+                result[start:stop] = value
         return results
 
     def _held_dtype(self, dtype, rows: int):
         return jnp.bfloat16 if self.half and dtype == jnp.float32 and rows == self.count else dtype
 
-    def _run(self, ids: Sequence[int], rows: np.ndarray, passing: Sequence[tuple[Block, Callable]]) -> list[np.ndarray]:
-        """Values of one batch on each device: what is held, and what the blocks since then make of it."""
+    def _run(self, ids: Sequence[int], rows: np.ndarray, last: Passed | None) -> list[np.ndarray]:
+        """Values of up to one batch on each device: what is held, and what the blocks since then make of it."""
         env: dict[int, jax.Array] = {}
-        for block, run in passing:
-            inputs = [env[i] if i in env else spread(self.mesh, self._read(i, rows)) for i in block.ins]
+        for block, run in [*self.passed, *([last] if last else [])]:
+            inputs = [env[i] if i in env else spread(self.mesh, self._read(i, rows), self.batch_size) for i in block.ins]
             env.update(zip(block.outs, run(inputs), strict=True))
-        return [gathered(self.mesh, env[i]) if i in env else self._read(i, rows) for i in ids]
+        return [gathered(self.mesh, env[i], len(rows)) if i in env else self._read(i, rows) for i in ids]

@@ -89,7 +89,6 @@ class Config:
             experiment.params, experiment.apply_fn, inputs, weights=weights, activations=activations, preset=experiment.preset,
             solver=solvers.annealed(num_steps=self.learned_steps) if self.learned_steps else None,
             error=errors[self.error], blocks=experiment.blocks, key=jax.random.key(experiment.seed), progress=jax.process_index() == 0,
-            mesh=jax.make_mesh((jax.device_count(),), ("data",)) if jax.device_count() > 1 else None,
         )  # fmt: skip
         found = dataclasses.replace(found, measured_with={**found.measured_with, "learned_steps": self.learned_steps, "seed": experiment.seed})
         if self.sensitivities:

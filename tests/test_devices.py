@@ -119,19 +119,23 @@ def test_devices_that_a_solver_leaves_idle_are_told_of():
 
 
 PASSES = """
+    import functools
     import sys
     import jax
     import numpy as np
     import brecq_jax
     from brecq_jax import solvers
     from brecq_jax.__main__ import load_config
+    from brecq_jax.solvers import _quadratic
+    from brecq_jax.solvers._solver import split
+    from brecq_jax.solvers._walk import Walk
     from brecq_jax._calibrate import fisher, observe
     from brecq_jax._model import Problem
     from brecq_jax._stream import Stream
     from brecq_jax._interpret import param_values
     from brecq_jax.formats import Affine, Multipoint, Uniform
 
-    made = load_config(sys.argv[1], ["--config.count=99"]).build()  # four batches of 32, the last one nearly empty
+    made = load_config(sys.argv[1], ["--config.count=150"]).build()  # five batches of 32: three for two devices, the last one nearly empty
     plan = brecq_jax.make_plan(brecq_jax.trace(made.apply_fn, made.params, made.calib_ds[:2]), Uniform(3), Uniform(8))
 
     def passes(mesh):
@@ -147,8 +151,22 @@ PASSES = """
         return observe(problem, problem.leaves, names), weights, outputs
 
     one = passes(None)
-    mesh = jax.make_mesh((8,), ("data",))
-    jax.tree.map(np.testing.assert_array_equal, passes(mesh), one)
+    mesh, two = jax.make_mesh((8,), ("data",)), jax.make_mesh((2, 4), ("data", "model"), axis_types=2 * (jax.sharding.AxisType.Auto,))
+    for m in (two, mesh):
+        jax.tree.map(np.testing.assert_array_equal, passes(m), one)
+
+    def sums(mesh):
+        problem = Problem(made.apply_fn, made.params, plan, made.calib_ds, len(made.calib_ds), blocks="layer", mesh=mesh)
+        walk = Walk(problem)
+        block, op, kept = walk.blocks[0], walk.blocks[0].ops[0], functools.partial(_quadratic.gram, walk.blocks[0].program, 0)
+        return walk.summed(op, block, [walk.rough], 10**6, kept, param_values(walk.graph, block, walk.leaves), list(block.constants))
+
+    gram = sums(None)
+    x = np.asarray(made.calib_ds)[split(150)[0]]
+    centre = np.einsum("bijc,bijd->cd", x, x)
+    np.testing.assert_allclose(gram.reshape(9, 4, 9, 4)[4, :, 4], centre, rtol=1e-4, atol=1e-3)
+    for m in (two, mesh):
+        np.testing.assert_allclose(sums(m), gram, rtol=1e-5, atol=1e-3)  # none that fills up counts
 
     def quantized(mesh, solver, weights):
         return brecq_jax.quantize(
@@ -160,11 +178,11 @@ PASSES = """
 
     alone, shared = (
         brecq_jax.mixed_precision.measure(made.params, made.apply_fn, made.calib_ds, activations=(Uniform(4), Uniform(8)), mesh=m, progress=False)
-        for m in (None, mesh)
+        for m in (None, two)
     )
     assert alone.losses == shared.losses and alone.interactions == shared.interactions and alone.interactions
 
-    one, shared = (quantized(m, solvers.lapq(iterations=1, batch_size=16), Affine(3, granularity="per_tensor")) for m in (None, mesh))
+    one, shared = (quantized(m, solvers.lapq(iterations=1, batch_size=16), Affine(3, granularity="per_tensor")) for m in (None, two))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(shared), jax.tree.leaves(one))
 
     for solver, weights in ((solvers.second_order(), Uniform(3)), (solvers.multipoint(), Multipoint(3, points=3, tolerance=0.1))):
@@ -173,6 +191,13 @@ PASSES = """
         assert agreement >= 0.99, (solver, agreement)  # sums are added up in another order
         errors = [made.evaluate(lambda x: made.apply_fn(made.params, x), q)["error"] for q in (alone, shared)]
         np.testing.assert_allclose(*errors, rtol=0.02)
+
+    def constrained(params, x):  # as models for pods have them
+        return made.apply_fn(params, jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(two, jax.sharding.PartitionSpec("data"))))
+
+    settings = dict(weights=Uniform(3), activations=None, solver=solvers.second_order(), blocks="layer", progress=False)
+    found = brecq_jax.quantize(made.params, constrained, made.calib_ds, mesh=two, **settings)
+    assert np.mean(codes(found) == codes(quantized(two, solvers.second_order(), Uniform(3)))) == 1
 """
 
 

@@ -47,8 +47,10 @@ def test_a_while_loop_that_no_gradient_passes_stops_nothing():
     def apply_fn(p, x):
         return net(lambda h: h)(p, jax.lax.stop_gradient(shrunk(x)))
 
-    report = quantized(apply_fn).report
-    assert not any("gradient" in n for n in report.notes) and any(b.kept for b in report.blocks)
+    for solver in (solvers.annealed(num_steps=30), solvers.brecq(num_steps=5)):  # Fisher weights go through the whole net
+        report = quantized(apply_fn, solver=solver).report
+        assert not any("gradient" in n for n in report.notes) and len(report.blocks) == 3
+    assert any(b.kept for b in quantized(apply_fn).report.blocks)
 
 
 def test_fisher_weights_that_have_no_gradient_are_refused_with_what_to_write():

@@ -61,11 +61,11 @@ def block_losses(
     total, mesh = np.zeros(len(rows)), stream.mesh
     arguments = everywhere(mesh, arguments)
     for start in range(0, stream.count, stream.batch_size * parts(mesh)):
-        some = np.arange(start, start + stream.batch_size * parts(mesh))
-        real, some = some < stream.count, np.minimum(some, stream.count - 1)  # the last one fills up
-        batch = jax.tree.map(lambda a, some=some: a[some], (stream.inputs_of(block), list(outputs.values())))
-        batch = jax.tree.map(lambda a: spread(mesh, a), (*batch, real))
-        total += gathered(mesh, _errors(static, mesh, *batch, arguments, rows)).astype(np.float64).sum(0)
+        some = slice(start, start + stream.batch_size * parts(mesh))
+        batch = jax.tree.map(lambda a, some=some: spread(mesh, a[some], stream.batch_size), (stream.inputs_of(block), list(outputs.values())))
+        real = spread(mesh, np.arange(some.start, some.stop) < stream.count)
+        for own in gathered(mesh, _errors(static, mesh, *batch, real, arguments, rows)):  # in the order of one device
+            total += own.astype(np.float64)
     errors = total / stream.count
     found: dict[tuple[str, ...], Any] = {}
     names, at = [*slots, *sites], 0

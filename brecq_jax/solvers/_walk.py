@@ -141,8 +141,8 @@ class Walk:
     def summed(self, op: Op, block: Block, streams: Sequence[Stream], rows: int, statistic: Callable, *shared):
         """Σ of `statistic(mesh, keep, inputs of each stream, counted, *shared)` over the batches of what is learned from.
 
-        `keep`: how many of about `rows` output rows in all are a batch's. The last batch is filled up with the first examples: `counted`
-        is 0 for those. Where an op's examples are not on its output's axis 0 it is None, and they count twice.
+        `keep`: how many of about `rows` output rows in all are a batch's. The last batch is filled up with the last example: `counted` is 0
+        for those. Where an op's examples are not on its output's axis 0 it is None; the first ones fill up, and count twice.
         """
         size, count = self.rough.batch_size, len(self.train)
         tells = self.graph.flat.steps[op.step].outputs[0] in self.graph.by_example
@@ -150,7 +150,8 @@ class Walk:
         at_once, shared, total = size * parts(mesh), everywhere(mesh, shared), None
         for start in range(0, count, at_once):
             at = np.arange(start, start + at_once)
-            inputs = [[spread(mesh, a) for a in stream.inputs(block, self.train[at % count])] for stream in streams]
+            rows_of = self.train[start : start + at_once] if tells else self.train[at % count]
+            inputs = [[spread(mesh, a, size) for a in stream.inputs(block, rows_of)] for stream in streams]
             counted = spread(mesh, (at < count).astype(np.float32)) if tells and count % at_once else None
             part = statistic(mesh, -(-rows // -(-count // size)), inputs, counted, *shared)
             total = part if total is None else jax.tree.map(jnp.add, total, part)

@@ -254,8 +254,8 @@ class _Search:
         """The mean loss of the examples that are learned from."""
         mesh = self.problem.mesh
         searched = everywhere(mesh, (jnp.asarray(octaves, jnp.float32), grids))
-        sums = (gathered(mesh, _loss(self.net, mesh, batch, *searched, *self.shared)) for batch in self.train_batches)
-        value = float(sum(itertools.chain.from_iterable(sums), np.float32(0)))
+        sums = [_loss(self.net, mesh, batch, *searched, *self.shared) for batch in self.train_batches]
+        value = float(sum(itertools.chain.from_iterable(gathered(mesh, s) for s in sums), np.float32(0)))
         if not np.isfinite(value):
             raise ValueError("lapq: the loss is not finite on the calibration inputs. Check params, inputs and labels.")
         return value / len(self.train)
