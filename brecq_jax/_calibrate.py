@@ -217,13 +217,17 @@ def fisher(
                 totals[n, position] = totals.get((n, position), 0.0) + float(squares[first : first + chunk].sum(dtype=np.float64))
         problem.show(stop, problem.count, "Fisher weights")
     for (n, position), total in totals.items() if normalised else ():
-        value = found[n][position]
-        mean = total / math.prod(value.shape)
-        usable = mean > 0 and math.isfinite(mean)
-        for start in range(0, problem.count, chunk):
-            some = slice(start, start + chunk)
-            value[some] = value[some] / np.float32(mean) if usable else np.ones_like(value[some])
+        _normalise(found[n][position], total, chunk)
     return found
+
+
+def _normalise(weights: np.ndarray | OnDisk, total: float, chunk: int):
+    """Divide by the mean, so many examples at a time; all are 1 where it is no number to divide by."""
+    mean = total / math.prod(weights.shape)
+    usable = mean > 0 and math.isfinite(mean)
+    for start in range(0, weights.shape[0], chunk):
+        some = slice(start, start + chunk)
+        weights[some] = weights[some] / np.float32(mean) if usable else np.ones_like(weights[some])
 
 
 def _gradients(graph: Graph, blocks: Sequence[Block], loss, impl, mesh: Mesh | None):

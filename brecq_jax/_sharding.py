@@ -59,6 +59,11 @@ def side_by_side(mesh: Mesh | None, run: Callable, sharded: tuple[bool, ...]) ->
     return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXIS), check_vma=False)
 
 
+def each_batch(mesh: Mesh | None, run: Callable, sharded: tuple[bool, ...]) -> Callable:
+    """`side_by_side` for what `run` makes of a batch as a whole, as sums: of each device's batch, on a first axis of its own."""
+    return side_by_side(mesh, lambda *arguments: jax.tree.map(lambda a: jnp.asarray(a)[None], run(*arguments)), sharded)
+
+
 def gathered(mesh: Mesh | None, array: jax.Array, count: int | None = None) -> np.ndarray:
     """The first `count` of an array of examples, or all, on this process's host."""
     count = array.shape[0] if count is None else count

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import Block, Program, run
 from brecq_jax._model import Quantized, site_hooks
-from brecq_jax._sharding import everywhere, gathered, parts, side_by_side, spread
+from brecq_jax._sharding import each_batch, everywhere, gathered, parts, spread
 from brecq_jax._stream import Stream
 from brecq_jax.formats import Grid, fake_quantize
 
@@ -97,7 +97,7 @@ def _configurations(choices: list[int], weights: int) -> tuple[np.ndarray, list[
 def _errors(static: Static, mesh: Mesh | None, inputs, outputs, real, arguments, rows):
     """Errors of all configurations, summed over the real examples of the batch of each device: (batches, configurations)."""
     sums = functools.partial(_sums, static)
-    return side_by_side(mesh, lambda *a: sums(*a)[None], (True, True, True, False, False))(inputs, outputs, real, arguments, rows)
+    return each_batch(mesh, sums, (True, True, True, False, False))(inputs, outputs, real, arguments, rows)
 
 
 def _sums(static: Static, inputs, outputs, real, arguments, rows):

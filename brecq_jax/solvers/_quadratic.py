@@ -22,7 +22,7 @@ from brecq_jax._calibrate import local_hooks
 from brecq_jax._fast_ops import fast_op
 from brecq_jax._interpret import LocalOp, Program, run
 from brecq_jax._jaxpr import Step
-from brecq_jax._sharding import replicated, side_by_side
+from brecq_jax._sharding import each_batch, replicated
 
 AFFINE = ("add", "sub", "mul", "div", "add_any")
 PROBES = (-9.0, -2.0, -0.5, 0.5, 3.0, 5.5, 6.5, 9.0)
@@ -188,7 +188,7 @@ def _over_devices(mesh: Mesh | None, sums: Callable, inputs, counted, *shared):
     """Sums over one batch on each device: those of all."""
     if mesh is None:
         return sums(inputs, counted, *shared)
-    each = side_by_side(mesh, lambda *a: jax.tree.map(lambda s: jnp.asarray(s)[None], sums(*a)), (True, True, *(False for _ in shared)))
+    each = each_batch(mesh, sums, (True, True, *(False for _ in shared)))
     return replicated(mesh, jax.tree.map(lambda s: s.sum(0), each(inputs, counted, *shared)))
 
 

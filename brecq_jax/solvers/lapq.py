@@ -19,7 +19,7 @@ from brecq_jax._interpret import Program as BlockProgram
 from brecq_jax._interpret import param_values, whole
 from brecq_jax._model import Problem, Quantized
 from brecq_jax._qarray import QArray, float_rows, from_rows
-from brecq_jax._sharding import everywhere, gathered, parts, side_by_side, spread
+from brecq_jax._sharding import each_batch, everywhere, gathered, parts, spread
 from brecq_jax.formats import Grid, LpRange, ScalarFormat, Uniform, mean_corrected
 from brecq_jax.solvers._solver import Info, Solver, split
 from brecq_jax.solvers._walk import record
@@ -132,7 +132,7 @@ class _Net(NamedTuple):
 def _loss(net: _Net, mesh: Mesh | None, batch, octaves, grids: Mapping[tuple[str, int], Grid], params, constants) -> Float[Array, " batches"]:
     """Sums of the net's loss over the batch of each device, with every grid so many octaves wider. Compiled once: what is searched is an argument."""
     sums = functools.partial(_summed_loss, net)
-    return side_by_side(mesh, lambda *a: sums(*a)[None], (True, False, False, False, False))(batch, octaves, grids, params, constants)
+    return each_batch(mesh, sums, (True, False, False, False, False))(batch, octaves, grids, params, constants)
 
 
 def _summed_loss(net: _Net, batch, octaves, grids, params, constants) -> Float[Array, ""]:
@@ -181,7 +181,7 @@ class _Search:
         else:
             self.targets = [self.class_numbers(labels)]
         self.read_tensors(problem, guess)
-        self.train_batches = [jax.tree.map(lambda a: spread(problem.mesh, a), b) for b in self.batches(self.train, parts(problem.mesh))]
+        self.train_batches = self.batches(self.train, problem.mesh)
         self.octaves = np.zeros(len(self.net.tensors))
         self.shared = everywhere(problem.mesh, (self.params, list(self.block.constants)))
 
@@ -235,13 +235,14 @@ class _Search:
             block.program, self.error, formats, whole_values, tuple(written), tuple(tensors), self.settings.correct_means
         )  # fmt: skip
 
-    def batches(self, rows: np.ndarray, at_once: int = 1) -> list:
-        """(inputs, targets, 1 for each example that counts), so many batches in one, all of one size: the last one is filled up."""
-        found, size = [], self.size * at_once
+    def batches(self, rows: np.ndarray, mesh: Mesh | None = None) -> list:
+        """(inputs, targets, 1 for each example that counts), a batch for each device, all of one size: the last one is filled up."""
+        found, size = [], self.size * parts(mesh)
         for start in range(0, len(rows), size):
-            some = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
+            some = rows[start : start + size]
+            values = ([self.inputs[i][some] for i in self.block.ins], [t[some] for t in self.targets])
             counted = (np.arange(start, start + size) < len(rows)).astype(np.float32)
-            found.append(([self.inputs[i][some] for i in self.block.ins], [t[some] for t in self.targets], counted))
+            found.append((*jax.tree.map(lambda a: spread(mesh, a, self.size), values), spread(mesh, counted)))
         return found
 
     def float_outputs(self) -> list[np.ndarray]:
